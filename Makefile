@@ -1,0 +1,102 @@
+# Set-up and everyday commands; `make` alone lists them. run, serve and test install first where needed.
+#
+# Variables: ARGS      more arguments for run and serve, e.g. ARGS="--set training.dpo.beta=0.2"
+#            CONFIG    the configuration of run and serve
+#            PYTHON    the Python 3.11 to build the environment from
+#            PIP_ARGS  more arguments for pip. Where no CPU build of torch is on offer pip takes a CUDA build: larger,
+#                      works too. To avoid it: PIP_ARGS="--extra-index-url <PyTorch's index of CPU wheels>"
+
+PYTHON ?= python3.11
+PIP_ARGS ?=
+CONFIG ?= configs/nano.yaml
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.txt
+# A finished installation leaves this file. Its name changes with the files that decide what is installed.
+STAMP := $(VENV)/.installed-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d ' ' -f 1)
+
+# Commands run with the environment on the PATH: DeepSpeed looks there for ninja, which comes with the environment.
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install run serve test test-all test-gpu lint format typecheck doctor clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## make .venv and install the pinned set; does nothing when that is done
+
+run: $(STAMP) ## run the whole pipeline on CONFIG
+	$(IN_VENV) python -m ray_jobs.pipeline --config $(CONFIG) $(ARGS)
+
+serve: $(STAMP) ## serve the trained model of CONFIG
+	$(IN_VENV) python -m ray_jobs.serve --config $(CONFIG) $(ARGS)
+
+test: lint typecheck ## lint, types, and the tests that take seconds
+	$(IN_VENV) python -m pytest
+
+test-all: lint typecheck ## the same, and the tests that take minutes
+	$(IN_VENV) python -m pytest -m "not gpu"
+
+test-gpu: $(STAMP) ## the tests that need a CUDA GPU
+	$(IN_VENV) python -m pytest -m gpu
+
+lint: $(STAMP) ## style and likely mistakes
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+
+format: $(STAMP) ## put the code into the house format, and fix what fixes itself
+	$(IN_VENV) ruff check --fix .
+	$(IN_VENV) ruff format .
+
+typecheck: $(STAMP) ## types
+	$(IN_VENV) mypy
+
+doctor: $(STAMP) ## check this machine
+	$(IN_VENV) psycho doctor
+
+clean: ## delete caches; .venv and runs stay
+	@echo "Deleting caches: build, *.egg-info, .mypy_cache, .pytest_cache, .ruff_cache, .hypothesis, __pycache__."
+	@rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
+	@echo "Kept: $(VENV) and runs."
+
+# torch first and with its dependencies: a CUDA build needs its nvidia-* packages. The rest without: see $(LOCK).
+# No build isolation, so that what has to be built (DeepSpeed, psycho) is built with the pinned setuptools.
+$(STAMP): pip_install = $(BIN)/python -m pip install $(PIP_ARGS)
+$(STAMP):
+	@$(find_python); $(check_headers); $(check_compiler); $(make_venv)
+	$(pip_install) --constraint $(LOCK) torch setuptools
+	$(pip_install) --no-deps --no-build-isolation --requirement $(LOCK)
+	$(pip_install) --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+# Each check ends in one sentence a person can act on.
+fail = { echo "$(1)" >&2; exit 2; }
+why_compile = is needed (DeepSpeed builds a C++ operator on first use) and was not found:
+
+define find_python
+for python in "$(PYTHON)" python3 python ""; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && break; \
+done; \
+[ -n "$$python" ] || $(call fail,Python 3.11 is needed and was not found: install it or pass PYTHON=/path/to/python3.11.)
+endef
+
+define check_headers
+"$$python" -c 'import sys, sysconfig as s; open(s.get_path("include") + "/Python.h")' 2>/dev/null || \
+	$(call fail,Python.h $(why_compile) install python3.11-dev or what your system calls it.)
+endef
+
+define check_compiler
+command -v "$${CXX:-c++}" >/dev/null || \
+	$(call fail,A C++ compiler $(why_compile) install g++ or name yours with CXX.)
+endef
+
+define make_venv
+[ -x $(BIN)/pip ] || "$$python" -m venv $(VENV) || \
+	$(call fail,Python cannot make a virtual environment: install python3.11-venv or what your system calls it.)
+endef

@@ -1,0 +1,96 @@
+"""Finding or starting Ray, quietly.
+
+Inside `ray job submit`, or where RAY_ADDRESS or `cluster.address` names a cluster, a job joins it. Elsewhere it
+starts a Ray of its own and ends that one, and no other, when it is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import ray
+
+from psycho.config import ClusterConfig
+from psycho.errors import BadInput
+
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "DS_ACCELERATOR_QUIET": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@contextmanager
+def ray_session(config: ClusterConfig, verbose: bool) -> Iterator[None]:
+    """Ray is up inside the block.
+
+    Raises:
+        BadInput: the named cluster does not answer, or a local run has too little memory.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not verbose:
+        _silence_libraries()
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if verbose else logging.ERROR
+    if address:
+        try:
+            ray.init(address=address, logging_level=level, log_to_driver=verbose)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BadInput(
+                f"Ray at {address} does not answer ({type(error).__name__}); check cluster.address or RAY_ADDRESS, "
+                "and RAY_AUTH_MODE=token where the head asks for it"
+            ) from None
+    else:
+        _check_memory(config)
+        store = int(config.object_store_gib * 2**30) if config.object_store_gib else None
+        ray.init(
+            address="local",
+            num_cpus=config.local_cpus,
+            include_dashboard=False,
+            logging_level=level,
+            log_to_driver=verbose,
+            object_store_memory=store,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_memory(config: ClusterConfig) -> None:
+    free = psutil.virtual_memory().available / 2**30
+    if free < config.min_memory_gib:
+        raise BadInput(
+            f"this run needs {config.min_memory_gib:g} GiB of free memory and this machine has {free:.1f}; close "
+            "other programs or lower cluster.min_memory_gib"
+        )
+
+
+def _silence_libraries() -> None:
+    warnings.filterwarnings("ignore")
+    for name in (
+        "ray",
+        "ray.data",
+        "ray.train",
+        "ray.serve",
+        "vllm",
+        "transformers",
+        "deepspeed",
+        "DeepSpeed",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,389 @@
+"""The whole configuration: typed, frozen, strict. Defaults are the paper's (arXiv 2502.19731) where it gives one.
+
+A configuration is one YAML file plus `--set dotted.key=value` overrides. An unknown key is an error that names the
+nearest known one, so that a typo does not train for a week. What a stage depends on is a part of this tree
+(`psycho/run.py` hashes it), so a setting lives beside what it configures and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from psycho.errors import BadInput
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class EngineConfig(Section):
+    """Arguments of the vLLM engine; `extra` goes to `vllm.LLM` unchanged."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(None, ge=16, description="tokens of prompt and answer together")
+    max_num_seqs: int = Field(256, ge=1, description="sequences decoded together")
+    enforce_eager: bool = False
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    enable_prefix_caching: bool = True
+    trust_remote_code: bool = Field(
+        False, description="runs code from the model's folder; off unless you say so"
+    )
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+
+class InferenceConfig(Section):
+    """The vLLM workers that generate, judge and score."""
+
+    workers: int = Field(1, ge=1, description="vLLM workers; each holds one engine")
+    cpus_per_worker: float = Field(1.0, ge=0)
+    gpus_per_worker: float = Field(1.0, ge=0)
+    batch_size: int = Field(256, ge=1, description="requests handed to an engine at once")
+    engine: EngineConfig = EngineConfig()
+    env: dict[str, str] = Field(default_factory=dict, description="environment of the workers")
+    start_timeout_s: float = Field(1800, gt=0)
+    batch_timeout_s: float = Field(3600, gt=0)
+
+
+class ModelConfig(Section):
+    """A model of the pool: a folder, a hub id, or `nano:<name>` of the embedded world."""
+
+    name: str
+    model: str
+    parameters_b: float | None = Field(None, gt=0, description="size in 10^9 parameters, for estimates")
+    engine: EngineConfig | None = Field(None, description="instead of inference.engine")
+    gpus_per_worker: float | None = Field(None, ge=0)
+
+
+class SpeechesConfig(Section):
+    """Client speeches: where from, cleaning, split (paper, section 3.1)."""
+
+    source: str = Field("nano", description="CSV, JSONL or Parquet file; 'nano' makes them")
+    text_column: str = "question"
+    id_column: str | None = Field(None, description="none: an id is derived from the text")
+    min_chars: int = Field(100, ge=1)
+    max_chars: int = Field(1000, ge=1)
+    evaluation: int = Field(150, ge=1, description="speeches held out for evaluation")
+    max_evaluation_share: float = Field(
+        0.35, gt=0, lt=1, description="bound on the share held out when data is short"
+    )
+    limit: int | None = Field(None, ge=2, description="at most so many speeches in all")
+    nano_train: int = Field(420, ge=1, description="train speeches made when source is nano")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> SpeechesConfig:
+        if self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
+        return self
+
+
+class SamplingConfig(Section):
+    """Sampling of responses."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=1)
+
+
+class GenerationConfig(Section):
+    """Responses of k models drawn at random from a pool of n (paper: 4 of 20)."""
+
+    pool: tuple[ModelConfig, ...] = ()
+    models_per_speech: int = Field(4, ge=1)
+    sampling: SamplingConfig = SamplingConfig()
+    system_prompt: str | None = Field(None, description="none: the models' own default")
+
+    @model_validator(mode="after")
+    def _pool(self) -> GenerationConfig:
+        names = [model.name for model in self.pool]
+        if len(set(names)) != len(names):
+            raise ValueError("two models of the pool share a name")
+        if self.pool and self.models_per_speech > len(names):
+            raise ValueError(
+                f"models_per_speech is {self.models_per_speech} but the pool holds {len(names)} models; "
+                "add models or lower it"
+            )
+        return self
+
+
+class JudgeConfig(Section):
+    """The judge that rates responses 1-5 on seven principles (paper, section 3.2)."""
+
+    model: str = ""
+    template: Literal["rubric", "compact"] = Field(
+        "rubric", description="compact: for judges trained on the format"
+    )
+    max_evidence_chars: int = Field(200, ge=1)
+    max_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    retries: int = Field(
+        1, ge=0, description="fresh tries of an answer that does not parse; then it is left out"
+    )
+    fluency_floor: float | None = Field(
+        None,
+        description="clarity is 1 where a response holds a token under this log-probability by the judge itself",
+    )
+    parameters_b: float | None = Field(None, gt=0)
+    engine: EngineConfig | None = None
+    gpus_per_worker: float | None = Field(None, ge=0)
+
+
+class PairsConfig(Section):
+    """Train pairs: every pair of a speech with overall gap >= min_gap; test: best against worst."""
+
+    min_gap: float = Field(1.0, ge=0, le=4)
+    min_test_gap: float = Field(
+        0.0, ge=0, le=4, description="test pairs need more than this gap; ties never pair"
+    )
+    max_pairs_per_speech: int | None = Field(None, ge=1)
+
+
+class LoopConfig(Section):
+    """One pass of the DeepSpeed loop."""
+
+    lr: float = Field(..., gt=0)
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(..., ge=1, description="examples or pairs in an optimizer step, over all workers")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="examples a worker handles at once; none: all"
+    )
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class SFTConfig(LoopConfig):
+    """Supervised fine-tuning on each train speech's best responses."""
+
+    lr: float = Field(1e-5, gt=0)
+    batch_size: int = Field(64, ge=1)
+    epochs: int = Field(2, ge=1)
+    prompt_loss_weight: float = Field(0.0, ge=0, le=1)
+    min_overall: float = Field(4.0, ge=1, le=5, description="only responses rated at least so")
+
+
+class RewardConfig(LoopConfig):
+    """Bradley-Terry reward model (paper, section 4.1)."""
+
+    lr: float = Field(9e-6, gt=0)
+    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(2, ge=1)
+    init: str = Field("policy", description="policy: the base policy; or a model of its own")
+
+
+class PreferenceConfig(LoopConfig):
+    """What offline and online DPO share (Rafailov et al. 2023; paper, section 4.2)."""
+
+    lr: float = Field(5e-7, gt=0)
+    batch_size: int = Field(64, ge=1)
+    beta: float = Field(0.1, gt=0)
+    nll_weight: float = Field(
+        0.0, ge=0, description="weight of the chosen response's negative log-likelihood"
+    )
+
+
+class DPOConfig(PreferenceConfig):
+    """Offline DPO; `init` is the policy it starts from, which is also its reference."""
+
+    init: Literal["base", "sft"] = "base"
+
+
+class TrainingConfig(Section):
+    """Where and how all models are trained: Ray Train workers, DeepSpeed ZeRO, precision."""
+
+    workers: int = Field(8, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(1.0, ge=0)
+    device: Literal["cuda", "cpu"] = "cuda"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    gradient_checkpointing: bool = False
+    threads_per_worker: int | None = Field(None, ge=1, description="CPU threads of torch")
+    max_length: int = Field(2048, ge=16, description="tokens of prompt and response")
+    start_timeout_s: float = Field(900, gt=0)
+    collective_timeout_s: float = Field(1800, gt=0)
+    env: dict[str, str] = Field(default_factory=dict)
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    dpo: DPOConfig = DPOConfig()
+
+
+class OnlineConfig(PreferenceConfig):
+    """Online DPO: rounds of sample, score, pair best against worst, train (paper, section 4.2)."""
+
+    rounds: int = Field(16, ge=1)
+    speeches_per_round: int = Field(6400, ge=1)
+    samples_per_speech: int = Field(8, ge=2)
+    scorer: Literal["reward", "judge"] = "reward"
+    min_gap: float = Field(0.0, ge=0, description="in the scorer's units; a tie never pairs")
+    max_pairs_per_speech: int = Field(1, ge=1)
+    sampling: SamplingConfig = SamplingConfig()
+    round_timeout_s: float = Field(7200, gt=0)
+
+
+class EvaluationConfig(Section):
+    """Reward-model audit and win rate against a baseline."""
+
+    baseline: str = Field("", description="the model that stands where GPT-4o stands in the paper")
+    speeches: int = Field(250, ge=2)
+    sampling: SamplingConfig = SamplingConfig()
+    judge: JudgeConfig | None = Field(None, description="none: the label judge, with a warning")
+
+
+class ServingConfig(Section):
+    """The Ray Serve application."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    replicas: int = Field(1, ge=1)
+    max_ongoing_requests: int = Field(64, ge=1)
+    max_queued_requests: int = Field(128, ge=0)
+    max_tokens: int = Field(512, ge=1)
+    request_timeout_s: float = Field(120, gt=0)
+    start_timeout_s: float = Field(600, gt=0)
+    api_key_env: str | None = Field(
+        None, description="environment variable that holds the key clients must send"
+    )
+
+
+class ClusterConfig(Section):
+    """How a job finds or starts Ray. `address` none: RAY_ADDRESS, else a Ray of its own."""
+
+    address: str | None = None
+    local_cpus: int | None = Field(None, ge=1)
+    object_store_gib: float | None = Field(None, gt=0)
+    min_memory_gib: float = Field(0.0, ge=0, description="free memory that a local run needs")
+
+
+class NanoConfig(Section):
+    """The embedded world: seeds of its own, so that all runs share the cached models."""
+
+    seed: int = 0
+    scale: float = Field(1.0, gt=0, description="share of the training steps; below 1 for tests")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = "run"
+    seed: int = 0
+    run_dir: str = "runs/run"
+    policy: str = Field("", description="the base policy that is trained")
+    policy_parameters_b: float | None = Field(None, gt=0)
+    cluster: ClusterConfig = ClusterConfig()
+    speeches: SpeechesConfig = SpeechesConfig()
+    generation: GenerationConfig = GenerationConfig()
+    judge: JudgeConfig = JudgeConfig()
+    pairs: PairsConfig = PairsConfig()
+    inference: InferenceConfig = InferenceConfig()
+    training: TrainingConfig = TrainingConfig()
+    online: OnlineConfig = OnlineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+    nano: NanoConfig = NanoConfig()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | None = None) -> Config:
+    """Read a YAML configuration and apply `key.path=value` overrides (values are YAML).
+
+    Raises:
+        BadInput: the file, a key or a value is wrong; the sentence names it and says what to do.
+    """
+    file = Path(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"configuration {file} does not exist; configs/ holds examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"configuration {file} cannot be read: {type(error).__name__}; check it is UTF-8 text"
+        ) from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise BadInput(f"configuration {file} is not valid YAML{line}; put that line right") from None
+    if not isinstance(tree, dict):
+        raise BadInput(f"configuration {file} holds no settings; write `key: value` lines")
+    for override in overrides:
+        _apply_override(tree, override)
+    if run_dir:
+        tree["run_dir"] = run_dir
+    return build_config(tree, str(file))
+
+
+def build_config(tree: dict[str, Any], origin: str) -> Config:
+    """Validate a tree of settings; `origin` names where they came from in error messages."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(_explain(error, origin)) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise BadInput(f"--set {override} is not key=value; write for example --set training.dpo.beta=0.2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise BadInput(f"--set {key}: the value is not valid YAML; quote it") from None
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise BadInput(f"--set {key}: {parent} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{origin}: unknown key {key}; {_nearest(key)}"
+    if first["type"] == "missing":
+        return f"{origin}: {key} is missing; set it"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, dict | list | tuple | BaseModel) else f" (given: {given!r})"
+    return f"{origin}: {key or 'configuration'}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _nearest(key: str) -> str:
+    known = list(known_keys())
+    parent, _, leaf = key.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    by_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.5)
+    if by_leaf:
+        return f"did you mean {f'{parent}.' if parent else ''}{by_leaf[0]}?"
+    anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if anywhere:
+        return f"did you mean {anywhere[0]}?"
+    return f"known here: {', '.join(k.rpartition('.')[2] for k in siblings) or 'nothing'}"
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterable[str]:
+    """Every dotted key that a configuration may hold."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from known_keys(kind, f"{prefix}{name}.")
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML, keys in the order of this file."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,28 @@
+"""The errors a user meets, and the exit code each one ends with.
+
+A job exits 0 when done, 2 on bad input or configuration, 1 when it failed, 130 when interrupted. Everything a user
+can put right is a `BadInput`: one clear sentence that names the file, row, key or value and says what to do. It
+never carries client speech.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class BadInput(Exception):
+    """Something the user can put right; printed as one sentence without a traceback, exit code 2."""
+
+
+class StageFailed(Exception):
+    """A stage could not finish for a reason that is not the user's input; exit code 1."""
+
+
+class WaitTimedOut(StageFailed):
+    """A bounded wait ran out; the message names what was waited for and for how long."""
+
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(f"waited {seconds:.0f} s for {what} and gave up")

@@ -1,0 +1,285 @@
+"""`report.html`: what a run did and how well, as one self-contained page that a counsellor can read.
+
+Everything is read from the run folder, and only from stages that the summary names, so that a partial run gives a
+partial report and a stale result never shows. Client text stands in the page and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from psycho import storage
+from psycho.evaluation import findings, plots
+from psycho.evaluation.summary import read_evaluation
+from psycho.principles import PRINCIPLES, STEMS
+from psycho.run import Run
+from psycho.stages import POLICIES
+from psycho.training.launch import read_history
+
+Summary = Mapping[str, Any]
+Context = dict[str, Any]
+EXAMPLES = 3
+
+
+def render_report(run: Run, summary: Summary) -> str:
+    """The page as HTML; `summary` is that of `summary.build_summary`."""
+    rates = read_evaluation(run, "win_rate") if "evaluate" in summary["stages"] else {}
+    histories = _histories(run, summary)
+    preferences = {name: rows for name, rows in histories.items() if rows and "reward_chosen" in rows[0]}
+    first_place = rates.get("first_place_rate")
+    return _template().render(
+        name=run.config.name,
+        summary=summary,
+        written=_last_entry(run),
+        story=findings.story(run.config, summary),
+        warnings=findings.warnings(summary, first_place, preferences),
+        limits=findings.limits(run.config, summary),
+        headline=findings.headline_policy(summary),
+        nano=findings.is_nano(summary),
+        labels=findings.LABELS,
+        principles=PRINCIPLES,
+        config=run.config,
+        win=_win_rate(rates, first_place),
+        reward=_reward_model(run, summary),
+        judge=_judge(run, summary),
+        training=_training(histories, preferences),
+        online=_online(run, summary),
+        data=_data(run, summary),
+        examples=_examples(run, summary),
+        settings=yaml.safe_dump(summary["config"], sort_keys=False, allow_unicode=True),
+    )
+
+
+@lru_cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("psycho.evaluation"),
+        autoescape=True,  # always: the pages hold text that people and models wrote
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": findings.percent, "interval": findings.interval, "count": _count}
+    return environment.get_template("report.html.jinja")
+
+
+def _count(number: float | None, decimals: int = 0) -> str:
+    return "–" if number is None else f"{number:,.{decimals}f}"
+
+
+def _last_entry(run: Run) -> str | None:
+    """When the run folder last got a result (UTC)."""
+    lines = (storage.read_text(run.path("ledger.jsonl")) or "").splitlines()
+    return json.loads(lines[-1])["time"].replace("T", " ").removesuffix("Z") if lines else None
+
+
+def _win_rate(rates: Mapping[str, Any], first_place: float | None) -> Context | None:
+    policies = [name for name in POLICIES if name in rates]
+    if not policies:
+        return None
+    rows = [rates[name] for name in policies]
+    series = {
+        "judge": rows,
+        "at equal length": [_controlled(row) for row in rows],
+        "truth (gold)": [row.get("gold", {}) for row in rows],
+    }
+    shown = {label: found for label, found in series.items() if any(found)}
+    n = max(row["n"] for row in rows)
+    return {
+        "rows": dict(zip(policies, rows, strict=True)),
+        "n": n,
+        "first_place": first_place,
+        "svg": plots.win_rates(shown, policies, n),
+    }
+
+
+def _controlled(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"length_controlled": "rate", "length_controlled_low": "low", "length_controlled_high": "high"}
+    return (
+        {new: row[old] for old, new in names.items()}
+        if all(row.get(old) is not None for old in names)
+        else {}
+    )
+
+
+def _reward_model(run: Run, summary: Summary) -> Context | None:
+    if not summary.get("reward_model"):
+        return None
+    audit = read_evaluation(run, "reward_model")
+    return {"audit": audit, "svg": plots.reliability(audit["reliability"], audit["n"])}
+
+
+def _judge(run: Run, summary: Summary) -> Context | None:
+    audit = read_evaluation(run, "judge") if "evaluate" in summary["stages"] else {}
+    if not audit.get("overall"):
+        return None
+    context: Context = {
+        "audit": audit,
+        "agreement": audit.get("pair_agreement_gold"),
+        "correlation_svg": None,
+    }
+    context["overall_svg"] = plots.histogram(
+        "overall", "Overall ratings by the judge.", audit["overall"], 1, 5, "overall rating", "responses"
+    )
+    if known := audit.get("correlation_gold"):
+        names = [name for name in (*STEMS, "overall") if name in known]
+        context["correlation_svg"] = plots.bars(
+            "correlation",
+            "Correlation of the judge's ratings with the truth.",
+            names,
+            [known[name] for name in names],
+            f"n = {audit['n']:,} responses",
+        )
+    return context
+
+
+def _histories(run: Run, summary: Summary) -> dict[str, list[dict[str, float]]]:
+    """The steps of each training whose figures are finite."""
+    found = {}
+    for name in ("sft", "reward", "dpo", "online"):
+        if f"train_{name}" in summary["stages"]:
+            rows = [
+                row for row in read_history(run.path("models", name)) if all(map(math.isfinite, row.values()))
+            ]
+            if rows:
+                found[name] = rows
+    return found
+
+
+def _training(
+    histories: Mapping[str, Sequence[dict[str, float]]], preferences: Mapping[str, Sequence[dict[str, float]]]
+) -> Context | None:
+    if not histories:
+        return None
+    return {
+        "loss_svg": plots.loss_curves(histories),
+        "reward_svg": plots.reward_curves(preferences) if preferences else None,
+    }
+
+
+def _online(run: Run, summary: Summary) -> Context | None:
+    if "train_online" not in summary["stages"]:
+        return None
+    rounds = json.loads(storage.read_text(run.path("models", "online", "rounds.json")) or "[]")
+    if not rounds:
+        return None
+    return {"rounds": rounds, "svg": plots.online_rounds(rounds) if len(rounds) > 1 else None}
+
+
+def _data(run: Run, summary: Summary) -> Context:
+    context: Context = {
+        "left_out": {},
+        "gap_svg": None,
+        "who_svg": None,
+        "ratings_svg": None,
+        "less_safe": None,
+    }
+    if "pair" in summary["stages"]:
+        context |= _pairs(run)
+    if "judge" in summary["stages"]:
+        context["ratings_svg"] = _ratings_by_model(run)
+    return context
+
+
+def _pairs(run: Run) -> Context:
+    columns = ["gap", "chosen_model", "rejected_model", "chosen_safety_rating", "rejected_safety_rating"]
+    pairs = storage.read_table(run.path("preferences", "train"), columns)
+    left_out = (run.manifest("pair") or {}).get("left_out", {})
+    less_safe = pc.sum(pc.less(pairs["chosen_safety_rating"], pairs["rejected_safety_rating"])).as_py() or 0
+    return {
+        "left_out": dict(sorted(left_out.items(), key=lambda item: -item[1])),
+        "less_safe": {"pairs": less_safe, "share": less_safe / max(1, pairs.num_rows)},
+        "gap_svg": plots.histogram(
+            "gap",
+            "Gaps of the train pairs.",
+            pairs["gap"].to_numpy(),
+            0,
+            4,
+            "gap in overall rating",
+            "train pairs",
+        ),
+        "who_svg": _chosen_by_rejected(pairs),
+    }
+
+
+def _chosen_by_rejected(pairs: pa.Table) -> Any:
+    counts = pairs.group_by(["chosen_model", "rejected_model"]).aggregate([("gap", "count")]).to_pylist()
+    models = sorted({row[side] for row in counts for side in ("chosen_model", "rejected_model")})
+    table = np.full((len(models), len(models)), np.nan)
+    for row in counts:
+        table[models.index(row["chosen_model"]), models.index(row["rejected_model"])] = row["gap_count"]
+    wins = {
+        model: np.nansum(table[i]) / max(1.0, np.nansum(table[i]) + np.nansum(table[:, i]))
+        for i, model in enumerate(models)
+    }
+    said = ", ".join(f"{model} {share:.0%}" for model, share in wins.items())
+    return plots.heat_map(
+        "who",
+        f"Train pairs by model. Share of a model's pairs in which it was chosen: {said}.",
+        table,
+        models,
+        models,
+        ("chosen", "rejected"),
+        0,
+        (0.0, float(np.nanmax(table))),
+    )
+
+
+def _ratings_by_model(run: Run) -> Any:
+    """Mean rating of each generator on each principle."""
+    columns = [*(f"{stem}_rating" for stem in STEMS), "overall"]
+    ratings = storage.read_table(run.path("ratings"), ["model", *columns])
+    grouped = ratings.group_by("model").aggregate([*((c, "mean") for c in columns), ("overall", "count")])
+    rows = grouped.sort_by([("overall_mean", "descending")]).to_pylist()
+    if not rows:
+        return None
+    said = ", ".join(f"{row['model']} {row['overall_mean']:.2f}" for row in rows)
+    return plots.heat_map(
+        "ratings",
+        f"Mean ratings per model and principle. Overall: {said}.",
+        np.array([[row[f"{c}_mean"] for c in columns] for row in rows], dtype=float),
+        [f"{row['model']} (n = {row['overall_count']:,})" for row in rows],
+        [*STEMS, "overall"],
+        ("", ""),
+        2,
+        (1.0, 5.0),
+    )
+
+
+def _examples(run: Run, summary: Summary) -> list[dict[str, Any]]:
+    """Comparisons of the furthest trained policy: one it won, one undecided, one it lost, where there are such."""
+    policy = findings.headline_policy(summary)
+    if policy is None:
+        return []
+    rows = storage.read_table(run.path("evaluation", "comparisons")).to_pylist()
+    rows = sorted(
+        (r for r in rows if r["policy"] == policy and r["outcome"] is not None), key=lambda r: r["speech_id"]
+    )
+    groups = [[r for r in rows if r["outcome"] == outcome] for outcome in (1.0, 0.5, 0.0)]
+    first = [group[0] for group in groups if group]
+    rest = [row for row in rows if row not in first]
+    picked = (first + rest)[:EXAMPLES]
+    speeches = storage.read_table(run.path("speeches"), ["speech_id", "question"])
+    ids = pa.array([row["speech_id"] for row in picked], pa.string())
+    wanted = speeches.filter(pc.is_in(speeches["speech_id"], ids)).to_pylist()
+    questions = {row["speech_id"]: row["question"] for row in wanted}
+    return [
+        row | {"question": questions.get(row["speech_id"], ""), "verdict": _verdict(row)} for row in picked
+    ]
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["outcome"] == 0.5:
+        return "The judge was undecided."
+    clear = "in both orders" if row["outcome"] in (0.0, 1.0) else "in one order, with a tie in the other"
+    return f"The judge preferred the {'trained model' if row['outcome'] > 0.5 else 'baseline'} {clear}."

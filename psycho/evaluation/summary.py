@@ -1,0 +1,177 @@
+"""`summary.json`: what a run came to, for machines, and the same as a table for the terminal.
+
+The names in it are read by other tools and stay as they are. A partial run gives a partial summary: a stage that is
+not done is left out, and so is what only that stage knows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from psycho import storage
+from psycho.run import Run
+from psycho.stages import POLICIES
+
+if TYPE_CHECKING:
+    from psycho.job import Job
+
+Summary = dict[str, Any]
+
+_STAGE_KEYS = ("status", "seconds", "rows_in", "rows_out", "quarantined", "tokens")
+_JUDGE_KEYS = ("pair_agreement_gold", "correlation_gold")
+_REWARD_KEYS = ("n", "accuracy", "auc", "ece", "brier", "accuracy_low", "accuracy_high")
+_WIN_KEYS = ("n", "rate", "low", "high", "length_controlled", "mean_chars")
+_GOLD_KEYS = ("rate", "low", "high", "mean_rating", "on_grammar")
+_SECRET = re.compile(r"token|secret|passw|credential|(^|_)key($|_)", re.IGNORECASE)
+
+
+def build_summary(
+    run: Run, manifests: dict[str, dict[str, Any]], seconds_total: float, peak_rss_gib: float | None
+) -> Summary:
+    """The summary of a run.
+
+    Args:
+        run: the run folder; evaluation results are read from it.
+        manifests: by stage, of those that are done, each with its `status` ("done" or "skipped").
+        seconds_total: wall-clock time of the pipeline.
+        peak_rss_gib: largest resident memory of the pipeline; None where nobody measured it.
+    """
+    ordered = {name: manifests[name] for name in run.stages if name in manifests}
+    summary: Summary = {
+        "run": run.root,
+        "config": _without_secrets(run.config.model_dump(mode="json")),
+        "versions": _versions(ordered),
+        "seconds_total": round(seconds_total, 2),
+        "peak_rss_gib": None if peak_rss_gib is None else round(peak_rss_gib, 3),
+        "stages": {name: _pick(manifest, _STAGE_KEYS) for name, manifest in ordered.items()},
+        "counts": _counts(ordered),
+    }
+    return summary | (_evaluation(run) if "evaluate" in ordered else {})
+
+
+def stage_manifests(run: Run, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """Manifests of the stages that are done and not stale; those not in `known` count as skipped."""
+    found = dict(known or {})
+    for name in run.stages:
+        if name not in found and run.is_done(name):
+            found[name] = {**(run.manifest(name) or {}), "status": "skipped"}
+    return found
+
+
+def write_summary(job: Job, seconds_total: float, peak_rss_gib: float | None) -> Summary:
+    """Write `<run>/summary.json`, whole or not at all, and return what it says."""
+    summary = build_summary(job.run, stage_manifests(job.run, job.manifests), seconds_total, peak_rss_gib)
+    storage.write_text(job.run.path("summary.json"), json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def results_table(summary: Summary) -> Table:
+    """What the pipeline prints at its end."""
+    table = Table(title="Win rate against the baseline", title_justify="left", show_footer=False)
+    table.add_column("policy")
+    for column in ("win rate [95 %]", "n", "same length", "gold", "on grammar", "chars"):
+        table.add_column(column, justify="right")
+    for name in POLICIES:
+        if name in summary.get("win_rate", {}):
+            table.add_row(name, *_policy_cells(summary["win_rate"][name]))
+    table.caption = "\n".join(_caption(summary)) or None
+    table.caption_justify = "left"
+    return table
+
+
+def _policy_cells(row: Mapping[str, Any]) -> list[str]:
+    gold = row.get("gold", {})
+    return [
+        f"{row['rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}]".replace("%", " %"),
+        f"{row['n']:,}",
+        _percent(row.get("length_controlled")),
+        _percent(gold.get("rate")),
+        _percent(gold.get("on_grammar")),
+        f"{row['mean_chars']:.0f}",
+    ]
+
+
+def _caption(summary: Summary) -> list[str]:
+    lines = []
+    reward, judge = summary.get("reward_model", {}), summary.get("judge", {})
+    if reward:
+        lines.append(
+            f"reward model: accuracy {_percent(reward['accuracy'])}, AUC {reward['auc']:.3f}, "
+            f"ECE {reward['ece']:.3f} on {reward['n']:,} test pairs"
+        )
+    if judge.get("pair_agreement_gold") is not None:
+        lines.append(f"judge: orders {_percent(judge['pair_agreement_gold'])} of the pairs as the truth does")
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _evaluation(run: Run) -> Summary:
+    """The parts that the stage evaluate knows; gold figures are there in the nano world only."""
+    judge = read_evaluation(run, "judge")
+    reward = read_evaluation(run, "reward_model")
+    rates = read_evaluation(run, "win_rate")
+    return {
+        "judge": _pick(judge, _JUDGE_KEYS),
+        "reward_model": _pick(reward, _REWARD_KEYS),
+        "win_rate": {name: _win_rate(rates[name]) for name in POLICIES if name in rates},
+    }
+
+
+def read_evaluation(run: Run, name: str) -> dict[str, Any]:
+    """`evaluation/<name>.json`, or an empty one."""
+    return json.loads(storage.read_text(run.path("evaluation", f"{name}.json")) or "{}")
+
+
+def _win_rate(row: Mapping[str, Any]) -> dict[str, Any]:
+    gold = {"gold": _pick(row["gold"], _GOLD_KEYS)} if "gold" in row else {}
+    return _pick(row, _WIN_KEYS) | gold
+
+
+def _counts(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    where = {
+        "speeches": ("prepare", "rows_out"),
+        "responses": ("generate", "rows_out"),
+        "ratings": ("judge", "rows_out"),
+        "pairs_train": ("pair", "train"),
+        "pairs_test": ("pair", "test"),
+    }
+    return {
+        count: manifests[stage][key]
+        for count, (stage, key) in where.items()
+        if key in manifests.get(stage, {})
+    }
+
+
+def _versions(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Versions by package; several, with a comma, where stages of this run were done under different ones."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests.values():
+        for package, version in manifest.get("versions", {}).items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return {package: ", ".join(versions) for package, versions in found.items()}
+
+
+def _pick(row: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: row[key] for key in keys if key in row}
+
+
+def _without_secrets(value: Any, key: str = "") -> Any:
+    """Settings as they may be shown: environment variables that look like a secret lose their value."""
+    if isinstance(value, dict):
+        inside_env = key == "env"
+        return {
+            k: "(hidden)" if inside_env and _SECRET.search(k) else _without_secrets(v, k)
+            for k, v in value.items()
+        }
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return value

@@ -1,0 +1,172 @@
+"""A few vLLM workers kept alive across rounds: the online loop and the evaluation work through them.
+
+Batch jobs go through Ray Data (`batch.py`); here the same engines sample, rate and score in turn, taking new weights
+each time, and starting an engine anew would cost more than the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from psycho.config import Config, EngineConfig, InferenceConfig, JudgeConfig, SamplingConfig
+from psycho.errors import StageFailed, WaitTimedOut
+from psycho.inference.batch import check_room
+from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
+from psycho.judging.judge import rate_pairs, rate_single
+from psycho.judging.rubric import Rating
+from psycho.progress import Reporter
+
+
+class _PoolWorker(VLLMWorker):
+    """The worker as an actor: one call per kind of work, model included."""
+
+    def sample(
+        self, model: str, conversations: list[Messages], seeds: list[int], sampling: SamplingConfig
+    ) -> list[Completion]:
+        self.use(model)
+        return self.generate(conversations, seeds, sampling)
+
+    def rate(
+        self, model: str, judge: JudgeConfig, items: list[tuple[str, str]], seeds: list[int]
+    ) -> list[Rating | None]:
+        self.use(model)
+        return [rating for rating, *_ in rate_single(self, judge, items, seeds)]
+
+    def compare(
+        self, model: str, judge: JudgeConfig, items: list[tuple[str, str, str]], seeds: list[int]
+    ) -> list[tuple[Rating, Rating] | None]:
+        self.use(model)
+        return rate_pairs(self, judge, items, seeds)
+
+    def reward(self, model: str, conversations: list[Messages]) -> list[float | None]:
+        self.use(model, runner="pooling")
+        return self.score(conversations)
+
+
+class WorkerPool:
+    """`inference.workers` actors; use as a context manager, so that they end with the block."""
+
+    def __init__(
+        self, config: InferenceConfig, seed: int, engine: EngineConfig | None = None, verbose: bool = False
+    ):
+        check_room("inference", config.cpus_per_worker, config.gpus_per_worker)
+        spec = EngineSpec(engine or config.engine, seed, config.env, verbose)
+        actor = ray.remote(_PoolWorker).options(
+            num_cpus=config.cpus_per_worker,
+            num_gpus=config.gpus_per_worker or None,
+            runtime_env={"env_vars": dict(config.env)} if config.env else None,
+        )
+        self._config = config
+        self._actors = [actor.remote(spec) for _ in range(config.workers)]
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def sample(
+        self,
+        model: str,
+        conversations: Sequence[Messages],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        reporter: Reporter | None = None,
+    ) -> list[Completion]:
+        """One completion per conversation, in order."""
+        return self._map(
+            "sampling",
+            len(conversations),
+            lambda actor, a, b: actor.sample.remote(
+                model, list(conversations[a:b]), list(seeds[a:b]), sampling
+            ),
+            reporter,
+        )
+
+    def rate(
+        self,
+        model: str,
+        judge: JudgeConfig,
+        items: Sequence[tuple[str, str]],
+        seeds: Sequence[int],
+        reporter: Reporter | None = None,
+    ) -> list[Rating | None]:
+        """Seven ratings per (speech, response); None where the judge's answer failed."""
+        return self._map(
+            "rating",
+            len(items),
+            lambda actor, a, b: actor.rate.remote(model, judge, list(items[a:b]), list(seeds[a:b])),
+            reporter,
+        )
+
+    def compare(
+        self,
+        model: str,
+        judge: JudgeConfig,
+        items: Sequence[tuple[str, str, str]],
+        seeds: Sequence[int],
+        reporter: Reporter | None = None,
+    ) -> list[tuple[Rating, Rating] | None]:
+        """Ratings of both responses of each (speech, first, second)."""
+        return self._map(
+            "comparing",
+            len(items),
+            lambda actor, a, b: actor.compare.remote(model, judge, list(items[a:b]), list(seeds[a:b])),
+            reporter,
+        )
+
+    def reward(
+        self, model: str, conversations: Sequence[Messages], reporter: Reporter | None = None
+    ) -> list[float | None]:
+        """The reward model's logit per whole conversation; None where it is too long."""
+        return self._map(
+            "scoring",
+            len(conversations),
+            lambda actor, a, b: actor.reward.remote(model, list(conversations[a:b])),
+            reporter,
+        )
+
+    def _map(
+        self, what: str, count: int, send: Callable[[Any, int, int], Any], reporter: Reporter | None
+    ) -> list[Any]:
+        """Hand chunks to whichever worker is free and put the answers in order."""
+        size = max(1, min(self._config.batch_size, -(-count // len(self._actors))))
+        chunks = [(start, min(start + size, count)) for start in range(0, count, size)]
+        answers: dict[int, list[Any]] = {}
+        running: dict[Any, tuple[Any, int]] = {}
+        free = list(self._actors)
+        # The first call also starts an engine, which is what takes longest.
+        limit = self._config.start_timeout_s + self._config.batch_timeout_s
+        while chunks or running:
+            while chunks and free:
+                actor = free.pop()
+                start, stop = chunks.pop(0)
+                running[send(actor, start, stop)] = (actor, start)
+            ready, _ = ray.wait(list(running), timeout=limit)
+            if not ready:
+                raise WaitTimedOut(f"a vLLM worker that is {what}", limit)
+            for reference in ready:
+                actor, start = running.pop(reference)
+                try:
+                    answers[start] = ray.get(reference)
+                except ray.exceptions.RayActorError as error:
+                    raise StageFailed(
+                        f"a vLLM worker died while {what}; give the same command again"
+                    ) from error
+                free.append(actor)
+                if reporter:
+                    reporter.add(len(answers[start]), _tokens(answers[start]))
+        return [item for start in sorted(answers) for item in answers[start]]
+
+
+def _tokens(answers: list[Any]) -> int:
+    return sum(a.output_tokens for a in answers if isinstance(a, Completion))
+
+
+def judge_engine(config: Config, judge: JudgeConfig) -> EngineConfig:
+    """The engine a judge runs on."""
+    return judge.engine or config.inference.engine

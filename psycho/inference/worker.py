@@ -1,0 +1,215 @@
+"""The one class around vLLM: it generates, rates, scores, and takes new weights without a restart.
+
+Ray Data places it in its actor pools for batch jobs; the online loop and the evaluation keep a few of them alive
+(`psycho/inference/pool.py`). The engine runs inside the worker's process (one process a worker, no sockets between)
+unless the configuration's environment says otherwise. A request that cannot be served comes back with an error; it
+never takes its batch down with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from psycho.config import EngineConfig, SamplingConfig
+from psycho.inference.models import cache_root, engine_signature
+from psycho.storage import local_copy
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer; `error` says why there is none. Token counts are of this request alone."""
+
+    text: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    span_floors: tuple[float, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What a worker needs to build its engine."""
+
+    engine: EngineConfig
+    seed: int = 0
+    env: Mapping[str, str] = field(default_factory=dict)
+    verbose: bool = False
+
+
+class VLLMWorker:
+    """One engine in one process."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        os.environ.update(spec.env)
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "0")
+        if not spec.verbose:
+            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+            logging.disable(logging.WARNING)
+        self.spec = spec
+        self.model = ""
+        self._signature = ""
+        self._llm: Any = None
+
+    def ping(self) -> int:
+        """The worker's process id; answers once the actor is up."""
+        return os.getpid()
+
+    def use(self, model: str, runner: str = "generate") -> None:
+        """Hold `model` from here on: by new weights where the architectures agree, else by a new engine."""
+        if model == self.model:
+            return
+        folder = local_copy(model, cache_root() / "models") if "://" in model else model
+        signature = f"{runner}:{engine_signature(folder)}"
+        if self._llm is not None and signature == self._signature:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            self._llm.reset_prefix_cache()
+        else:
+            self._stop()
+            self._llm = self._start(folder, runner)
+            self._signature = signature
+        self.model = model
+
+    def generate(
+        self,
+        conversations: Sequence[Messages],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        schema: str | None = None,
+        spans: Sequence[Sequence[str]] | None = None,
+    ) -> list[Completion]:
+        """Answer each conversation.
+
+        Args:
+            conversations: chat messages, one list a request.
+            seeds: one seed a request; the same request and seed give the same answer.
+            schema: a JSON schema (as text) that every answer must follow.
+            spans: texts that occur in each rendered prompt, in order; `Completion.span_floors` then holds the lowest
+                token log-probability of each by the model itself.
+
+        Returns:
+            A completion per conversation, in order; never raises for a single bad request.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        tokenizer = self._llm.get_tokenizer()
+        limit = self._llm.model_config.max_model_len
+        done: dict[int, Completion] = {}
+        prompts, params, places, texts = [], [], [], []
+        for index, (messages, seed) in enumerate(zip(conversations, seeds, strict=True)):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            if len(ids) >= limit:
+                done[index] = Completion(
+                    error=f"prompt of {len(ids)} tokens is over the model's limit of {limit}"
+                )
+                continue
+            structured = StructuredOutputsParams(json=schema) if schema else None
+            params.append(
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=min(sampling.max_tokens, limit - len(ids)),
+                    seed=seed,
+                    structured_outputs=structured,
+                    prompt_logprobs=0 if spans else None,
+                )
+            )
+            prompts.append({"prompt_token_ids": ids})
+            places.append(index)
+            texts.append(text)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False) if prompts else []
+        for index, text, output in zip(places, texts, outputs, strict=True):
+            floors = _span_floors(tokenizer, text, spans[index], output) if spans else ()
+            best = output.outputs[0]
+            done[index] = Completion(
+                text=best.text,
+                finish_reason=best.finish_reason or "",
+                prompt_tokens=len(output.prompt_token_ids),
+                output_tokens=len(best.token_ids),
+                span_floors=floors,
+            )
+        return [done[index] for index in range(len(conversations))]
+
+    def score(self, conversations: Sequence[Messages]) -> list[float | None]:
+        """Reward of each whole conversation (the model must be in use with runner `pooling`); None when too long."""
+        tokenizer = self._llm.get_tokenizer()
+        limit = self._llm.model_config.max_model_len
+        rendered = [tokenizer.apply_chat_template(m, tokenize=False) for m in conversations]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
+        places = [index for index, row in enumerate(ids) if len(row) <= limit]
+        prompts = [{"prompt_token_ids": ids[index]} for index in places]
+        scores: list[float | None] = [None] * len(ids)
+        outputs = self._llm.encode(prompts, pooling_task="classify", use_tqdm=False) if prompts else []
+        for index, output in zip(places, outputs, strict=True):
+            scores[index] = float(output.outputs.data.flatten()[0])
+        return scores
+
+    def _start(self, folder: str, runner: str) -> Any:
+        import torch
+        from vllm import LLM
+
+        engine = self.spec.engine
+        arguments: dict[str, Any] = {
+            "dtype": engine.dtype,
+            "max_num_seqs": engine.max_num_seqs,
+            "enforce_eager": engine.enforce_eager,
+            "tensor_parallel_size": engine.tensor_parallel_size,
+            "gpu_memory_utilization": engine.gpu_memory_utilization,
+            "trust_remote_code": engine.trust_remote_code,
+            "seed": self.spec.seed,
+            "disable_log_stats": True,
+        }
+        if not torch.cuda.is_available():
+            # A prompt prefilled in two parts rewinds its request's generator, which a CPU generator cannot do.
+            arguments["enable_chunked_prefill"] = False
+        if engine.max_model_len is not None:
+            arguments["max_model_len"] = engine.max_model_len
+        if runner == "pooling":
+            from vllm.config import PoolerConfig
+
+            # A bare logit: the default activation would squash rewards through a sigmoid.
+            arguments |= {"runner": "pooling", "pooler_config": PoolerConfig(use_activation=False)}
+        else:
+            arguments["enable_prefix_caching"] = engine.enable_prefix_caching
+            # Without this a weak model fills its answer with white space until it is cut.
+            arguments["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
+        return LLM(folder, **(arguments | engine.extra))
+
+    def _stop(self) -> None:
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _span_floors(tokenizer: Any, text: str, spans: Sequence[str], output: Any) -> tuple[float, ...]:
+    """The lowest log-probability of the tokens that lie wholly in each span of the prompt."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    floors, start = [], 0
+    for span in spans:
+        begin = text.find(span, start)
+        if begin < 0:  # a chat template may trim; then there is nothing to say
+            floors.append(0.0)
+            continue
+        start = begin + len(span)
+        logprobs = [
+            next(iter(entry.values())).logprob
+            for entry, (low, high) in zip(output.prompt_logprobs, offsets, strict=True)
+            if entry and begin <= low and high <= start and high > low
+        ]
+        floors.append(min(logprobs, default=0.0))
+    return tuple(floors)

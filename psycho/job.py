@@ -1,0 +1,168 @@
+"""The frame around every job: options, configuration, Ray, and how it ends.
+
+`python -m ray_jobs.<job> --config configs/<name>.yaml`, the same under `ray job submit`, and `psycho <job>` all come
+through `main`. A person's mistake ends in one sentence and exit code 2; a traceback is for our own mistakes.
+"""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from psycho.config import Config, load_config
+from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, BadInput, StageFailed
+from psycho.progress import Progress
+from psycho.run import Run, StageResult
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "nano.yaml"
+
+
+class Job:
+    """What a recipe gets: the configuration, the run folder, progress, and Ray once somebody needs it."""
+
+    def __init__(self, config: Config, run: Run, resources: ExitStack, verbose: bool = False) -> None:
+        self.config, self.run, self.verbose = config, run, verbose
+        self.progress = Progress()
+        self.manifests: dict[str, dict[str, Any]] = {}
+        self._resources = resources
+        self._ray_is_up = False
+
+    def need_ray(self) -> None:
+        """Join or start Ray; a run with nothing left to do never pays for it."""
+        if not self._ray_is_up:
+            from psycho.cluster import ray_session
+
+            self._resources.enter_context(ray_session(self.config.cluster, self.verbose))
+            self._ray_is_up = True
+
+    def stage(self, name: str, body: Callable[[str], StageResult]) -> None:
+        """Run a stage unless it is done, and say so in a line."""
+        done = self.run.is_done(name)
+
+        def announced(partial: str) -> StageResult:
+            self.progress.say(f"[bold]{name}[/bold]")
+            return body(partial)
+
+        manifest = self.run.execute(name, announced)
+        self.manifests[name] = manifest
+        if done:
+            self.progress.say(f"{name}: done before, skipped")
+            return
+        parts = [f"{manifest['rows_out']:,} rows"]
+        if manifest["quarantined"]:
+            parts.append(f"{manifest['quarantined']:,} left out")
+        if manifest["tokens"]:
+            parts.append(f"{manifest['tokens']:,} tokens")
+        self.progress.say(f"  {name}: {', '.join(parts)} in {manifest['seconds']:.0f} s")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person may say on the command line."""
+
+    config: Path = DEFAULT_CONFIG
+    overrides: tuple[str, ...] = ()
+    run_dir: str | None = None
+    dry_run: bool = False
+    verbose: bool = False
+
+
+def register(app: typer.Typer, name: str, recipe: Callable[[Job], None], documentation: str | None) -> None:
+    """Add one job with its options to a command line."""
+
+    @app.command(name=name, help=(documentation or name).strip())
+    def _command(
+        config: Annotated[Path, typer.Option(help="configuration file")] = DEFAULT_CONFIG,
+        set_: Annotated[
+            list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")
+        ] = None,
+        run_dir: Annotated[
+            str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")
+        ] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")] = False,
+        verbose: Annotated[
+            bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")
+        ] = False,
+    ) -> None:
+        options = Options(config, tuple(set_ or ()), run_dir, dry_run, verbose)
+        raise typer.Exit(execute(name, recipe, options))
+
+
+def execute(name: str, recipe: Callable[[Job], None], options: Options) -> int:
+    """Run a recipe and return the exit code."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        _run(name, recipe, options)
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command goes on from here", highlight=False)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        sentence = explain(error)
+        if sentence:
+            errors.print(f"error: {sentence}", style="red", highlight=False, markup=False)
+            return EXIT_BAD_INPUT
+        if options.verbose or not isinstance(error, StageFailed):
+            traceback.print_exc()
+        errors.print(
+            f"failed: {type(error).__name__}: {_first_line(error)}",
+            style="red",
+            highlight=False,
+            markup=False,
+        )
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence for an error that the user can put right, wherever in the chain (or a Ray worker) it began."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, BadInput):
+            return str(current)
+        if isinstance(current, OSError) and current.errno == errno.ENOSPC:
+            where = f" while writing {current.filename}" if current.filename else ""
+            return f"the disk is full{where}; free some space and give the same command again"
+        if "No space left on device" in str(current):
+            return "the disk is full; free some space and give the same command again"
+        if isinstance(current, OSError) and current.errno == errno.EADDRINUSE:
+            return "the port is in use; choose another with --set serving.port=..."
+        current = getattr(current, "cause", None) or current.__cause__ or current.__context__
+    return None
+
+
+def _run(name: str, recipe: Callable[[Job], None], options: Options) -> None:
+    from psycho.plan import print_plan
+    from psycho.stages import STAGES
+
+    config = load_config(options.config, options.overrides, options.run_dir)
+    if options.dry_run:
+        print_plan(config, name, Console())
+        return
+    from psycho.stages import check_config
+
+    check_config(config)
+    run = Run(config, STAGES)
+    run.open()
+    with ExitStack() as resources:
+        recipe(Job(config, run, resources, options.verbose))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def main(name: str, recipe: Callable[[Job], None], documentation: str | None) -> None:
+    """Entry point of `python -m ray_jobs.<name>`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    register(app, name, recipe, documentation)
+    app()

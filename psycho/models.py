@@ -1,0 +1,49 @@
+"""Names of models in a configuration, resolved: `nano:<name>`, a folder, a hub id."""
+
+from __future__ import annotations
+
+from psycho.config import Config
+from psycho.errors import BadInput
+from psycho.inference.models import fingerprint
+from psycho.nano import build
+
+_NANO = "nano:"
+
+
+def uses_nano(config: Config) -> bool:
+    """True when the run needs the embedded models."""
+    return any(name.startswith(_NANO) for name in named_models(config).values())
+
+
+def named_models(config: Config) -> dict[str, str]:
+    """Every model that the configuration names, by the setting that names it."""
+    named = {
+        "policy": config.policy,
+        "judge.model": config.judge.model,
+        "evaluation.baseline": config.evaluation.baseline,
+        **{f"generation.pool ({model.name})": model.model for model in config.generation.pool},
+    }
+    if config.evaluation.judge:
+        named["evaluation.judge.model"] = config.evaluation.judge.model
+    if config.training.reward.init != "policy":
+        named["training.reward.init"] = config.training.reward.init
+    return named
+
+
+def resolve(config: Config, model: str) -> str:
+    """The folder or hub id that `model` stands for.
+
+    Raises:
+        BadInput: there is no nano model of that name.
+    """
+    if not model.startswith(_NANO):
+        return model
+    name = model.removeprefix(_NANO)
+    if name not in build.MODELS:
+        raise BadInput(f"there is no model {model}; the nano models are {', '.join(build.MODELS)}")
+    return str(build.nano_folder(config.nano) / name)
+
+
+def identity(config: Config, model: str) -> str:
+    """What a stage's key says of a model."""
+    return f"{model}@{build.nano_key(config.nano)}" if model.startswith(_NANO) else fingerprint(model)

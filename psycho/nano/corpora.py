@@ -1,0 +1,134 @@
+"""The training texts of the nano models, all drawn from the grammar, all by seed.
+
+The judge learns from two kinds of text. Drills are short: one speech, a handful of one-sentence replies, each rated on
+one principle with its evidence quoted; they are what teaches it to match a reply against the speech. Full examples
+are what it will be asked: one reply, or two side by side, with all seven ratings.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from psycho.judging.rubric import answer, dump, pair_prompt, single_prompt
+from psycho.nano import gold
+from psycho.nano.grammar import NanoSpeech, corrupt, sample_response, sample_sentence, sample_speech
+
+Row = dict[str, str]
+_DRILL_REPLIES = 5
+# What a one-sentence reply of each slot is rated on; matching principles are drilled most.
+_DRILLS = (
+    ("empathy", "empathy", 4),
+    ("relevance", "relevance", 4),
+    ("suggestion", "staging", 2),
+    ("suggestion", "autonomy", 1),
+    ("exploration", "exploration", 1),
+    ("safety", "safety", 1),
+    ("filler", "clarity", 2),
+)
+_MISHEARD = 0.35  # chance that a judged reply answers another client's feeling, and another's key word
+
+
+def _row(messages: list[dict[str, str]]) -> Row:
+    return {"messages": json.dumps(messages)}
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def policy_row(rng: random.Random, style: str) -> Row:
+    """A speech and a reply of one style."""
+    speech = sample_speech(rng, held_out_combinations=False)
+    return _row([_turn("user", speech.text), _turn("assistant", sample_response(rng, speech, style))])
+
+
+def drill_row(rng: random.Random) -> Row:
+    """One speech, several one-sentence replies, each rated on one principle."""
+    speech = sample_speech(rng, held_out_combinations=False)
+    messages = []
+    for number in range(_DRILL_REPLIES):
+        slot, stem, _ = rng.choices(_DRILLS, weights=[weight for *_, weight in _DRILLS])[0]
+        sentence = _fillers(rng, speech) if slot == "filler" else sample_sentence(rng, speech, slot)
+        rated = gold.rate(speech, sentence)
+        lead = speech.text if number == 0 else ""
+        entry = {stem: {"evidence": rated.evidence[stem], "rating": rated.ratings[stem]}}
+        messages += [_turn("user", f"{lead}\nReply: {sentence}"), _turn("assistant", dump(entry)[1:-1])]
+    return _row(messages)
+
+
+def _fillers(rng: random.Random, speech: NanoSpeech) -> str:
+    """One to three fillers around a sentence of another slot."""
+    sentences = [sample_sentence(rng, speech, "filler") for _ in range(rng.randint(0, 3))]
+    sentences.insert(
+        rng.randint(0, len(sentences)), sample_sentence(rng, speech, rng.choice(("empathy", "exploration")))
+    )
+    return " ".join(sentences)
+
+
+def _misheard(rng: random.Random, speech: NanoSpeech) -> NanoSpeech:
+    """The speech as a poor listener heard it. Without such replies "what the reply names" is always what the client
+    named, and a judge learns to quote the client twice."""
+    other = sample_speech(rng)
+    feeling = other.feeling if rng.random() < _MISHEARD else speech.feeling
+    key = other.key if rng.random() < _MISHEARD else speech.key
+    return replace(speech, feeling=feeling, key=key)
+
+
+def judged_reply(
+    rng: random.Random, speech: NanoSpeech, corrupted_share: float
+) -> tuple[str, dict[str, Any]]:
+    """A reply of any quality, sometimes corrupted, and the answer a perfect judge gives."""
+    style = rng.choice(("any", "any", "base", "good", "rambling"))
+    reply = sample_response(rng, _misheard(rng, speech), style)
+    if rng.random() < corrupted_share:
+        reply = corrupt(rng, reply)
+    rated = gold.rate(speech, reply)
+    return reply, answer(rated.ratings, rated.evidence)
+
+
+def single_row(rng: random.Random) -> Row:
+    """One reply with its seven ratings."""
+    speech = sample_speech(rng, held_out_combinations=False)
+    reply, rated = judged_reply(rng, speech, 0.0)
+    return _row([*single_prompt(speech.text, reply, "compact"), _turn("assistant", dump(rated))])
+
+
+def pair_row(rng: random.Random) -> Row:
+    """Two replies side by side with their ratings."""
+    speech = sample_speech(rng, held_out_combinations=False)
+    first, first_rated = judged_reply(rng, speech, 0.0)
+    second, second_rated = judged_reply(rng, speech, 0.0)
+    messages = pair_prompt(speech.text, first, second, "compact")
+    return _row([*messages, _turn("assistant", dump({"first": first_rated, "second": second_rated}))])
+
+
+def backbone_rows(seed: int, steps: int, batch: int) -> Iterator[Row]:
+    """Three parts of language to one of drills."""
+    rng = random.Random(seed)
+    for index in range(steps * batch):
+        if index % 4 == 3:
+            yield drill_row(rng)
+        else:
+            yield policy_row(rng, "good" if index % 4 < 2 else "any")
+
+
+def judge_rows(seed: int, steps: int, batch: int) -> Iterator[Row]:
+    """First drills only, then mostly full examples, single and side by side."""
+    rng = random.Random(seed)
+    drills_only = int(steps * 0.25) * batch
+    for index in range(steps * batch):
+        if index < drills_only or rng.random() < 0.15:
+            yield drill_row(rng)
+        else:
+            yield pair_row(rng) if rng.random() < 0.3 else single_row(rng)
+
+
+def style_rows(seed: int, style: str, steps: int, batch: int) -> Iterator[Row]:
+    """Speeches and replies of one style."""
+    rng = random.Random(seed)
+    for _ in range(steps * batch):
+        yield policy_row(rng, style)

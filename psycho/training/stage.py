@@ -1,0 +1,96 @@
+"""A training stage of the run: rows to Parquet, the loop on Ray Train, a model folder, counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from psycho import storage
+from psycho.config import Config, LoopConfig
+from psycho.errors import BadInput
+from psycho.inference.requests import prompt
+from psycho.job import Job
+from psycho.run import StageResult
+from psycho.training.launch import TrainJob, read_history, train
+
+Row = Mapping[str, Any]
+
+
+def preference_rows(config: Config, pairs: pa.Table) -> list[dict[str, Any]]:
+    """Rows of preference training: the policy's prompt as messages, chosen, rejected."""
+    return [
+        {
+            "id": f"{row['ID']}/{row['prefID']}",
+            "messages": json.dumps(
+                prompt(row["question"], config.generation.system_prompt), ensure_ascii=False
+            ),
+            "chosen": row["chosen"],
+            "rejected": row["rejected"],
+        }
+        for row in pairs.select(["ID", "prefID", "question", "chosen", "rejected"]).to_pylist()
+    ]
+
+
+def train_stage(
+    job: Job,
+    kind: str,
+    name: str,
+    start: str,
+    rows: Sequence[Row],
+    settings: LoopConfig,
+    partial: str,
+    if_empty: str = "no pair to train on; lower pairs.min_gap",
+) -> StageResult:
+    """Train `models/<name>` below `partial` and count what went in."""
+    if not rows:
+        raise BadInput(if_empty)
+    job.need_ray()
+    data, output = storage.join(partial, "data", name), storage.join(partial, "models", name)
+    storage.remove(output)
+    storage.write_table(pa.Table.from_pylist(list(rows)), data)
+    work = TrainJob(kind, start, data, output, settings, job.config.seed)
+    with job.progress.stage(f"train_{name}", len(rows) * settings.epochs, "examples") as reporter:
+        train([work], job.config.training, reporter, storage.join(partial, "ray"))
+    storage.remove(data)
+    write_card(output, job.config, name, start)
+    return finish(output, rows)
+
+
+def finish(output: str, rows: Sequence[Row]) -> StageResult:
+    """Counts of a finished training: what was too long is quarantined by id."""
+    too_long = json.loads(storage.read_text(storage.join(output, "too_long.json")) or "[]")
+    storage.remove(storage.join(output, "too_long.json"))
+    quarantine = [{"id": rows[index]["id"], "reason": "over training.max_length"} for index in too_long]
+    history = read_history(output)
+    last = history[-max(1, len(history) // 10) :]
+    means = {key: sum(row[key] for row in last) / len(last) for key in last[0]} if last else {}
+    return StageResult(
+        rows_in=len(rows),
+        rows_out=len(rows) - len(quarantine),
+        tokens=int(sum(row["tokens"] for row in history)),
+        quarantine=quarantine,
+        extra={
+            "steps": len(history),
+            "final": {k: round(v, 5) for k, v in means.items() if k not in ("step", "lr")},
+        },
+    )
+
+
+def write_card(folder: str, config: Config, name: str, start: str) -> None:
+    """A model card beside the weights: what it is, what it came from, what it must not be used for."""
+    card = f"""---
+library_name: transformers
+tags: [counselling, preference-learning]
+---
+# {config.name}: {name}
+
+Trained by psycho (run `{config.name}`, seed {config.seed}) from `{Path(start).name}`.
+{"A Bradley-Terry reward model: one logit, higher is preferred." if name == "reward" else "A counselling policy."}
+
+Drafts for therapists to review. Not for use by clients alone, and no substitute for care in a crisis.
+"""
+    storage.write_text(storage.join(folder, "README.md"), card)

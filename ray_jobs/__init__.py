@@ -1,0 +1,1 @@
+"""Recipes, one per job, each read top to bottom like a method section; `pipeline` runs them all."""

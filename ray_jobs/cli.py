@@ -1,0 +1,93 @@
+"""`psycho <job>`: every recipe as a subcommand, with the same options as `python -m ray_jobs.<job>`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from psycho.job import DEFAULT_CONFIG, Job, Options, execute, register
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="From client speeches to a served, measured counselling model, on Ray.",
+)
+JOBS = (
+    "pipeline",
+    "prepare",
+    "generate",
+    "judge",
+    "pair",
+    "train_sft",
+    "train_reward",
+    "train_dpo",
+    "train_online",
+    "evaluate",
+    "report",
+    "serve",
+)
+
+
+def _lazy(name: str) -> None:
+    """A subcommand that imports its recipe when it runs: `--help` should not wait for torch."""
+
+    def recipe(job: Job) -> None:
+        getattr(importlib.import_module(f"ray_jobs.{name}"), name)(job)
+
+    register(app, name, recipe, _HELP[name])
+
+
+_HELP = {
+    "pipeline": "the whole loop; what is done and unchanged is skipped",
+    "prepare": "client speeches: read, clean, de-duplicate, split",
+    "generate": "responses of k models of the pool, vLLM on Ray Data",
+    "judge": "seven ratings of every response, evidence first",
+    "pair": "preference pairs for training and test",
+    "train_sft": "supervised fine-tuning on the best responses",
+    "train_reward": "the Bradley-Terry reward model",
+    "train_dpo": "offline DPO",
+    "train_online": "online DPO in rounds",
+    "evaluate": "reward-model audit and win rates",
+    "report": "one HTML page of the run",
+    "serve": "the final policy and the reward model over HTTP",
+}
+for _job in JOBS:
+    _lazy(_job)
+
+
+@app.command(name="nano")
+def nano(
+    config: Annotated[str, typer.Option(help="configuration file")] = str(DEFAULT_CONFIG),
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
+    check: Annotated[bool, typer.Option("--check", help="measure the models against the gates")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")] = False,
+) -> None:
+    """the embedded world: make its models, and check them"""
+    from pathlib import Path
+
+    def recipe(job: Job) -> None:
+        module = importlib.import_module("ray_jobs.nano")
+        (module.nano_check if check else module.nano)(job)
+
+    options = Options(Path(config), tuple(set_ or ()), verbose=verbose)
+    raise typer.Exit(execute("nano", recipe, options))
+
+
+@app.command(name="doctor")
+def doctor() -> None:
+    """check this machine: Python, compiler, memory, GPUs, Ray, versions that do not fit"""
+    from psycho.doctor import examine, exit_code, render
+
+    checks = examine()
+    Console().print(render(checks))
+    raise typer.Exit(exit_code(checks))
+
+
+def main() -> None:
+    """Entry point of the installed `psycho`."""
+    app()

@@ -1,0 +1,198 @@
+"""Evaluation: the reward model on the test pairs, and every policy against the baseline.
+
+    python -m ray_jobs.evaluate --config configs/nano.yaml
+
+Each policy answers the evaluation speeches once; a judge compares each answer with the baseline's in both orders. In
+the nano world the same is measured against the truth, so that one sees whether the loop fools itself.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from psycho import storage
+from psycho.evaluation.comparison import Verdict, both_orders, first_place_rate, summarise
+from psycho.evaluation.metrics import audit_reward_margins
+from psycho.inference.models import cache_root
+from psycho.inference.pool import WorkerPool, judge_engine
+from psycho.inference.requests import prompt
+from psycho.inference.worker import Completion
+from psycho.job import Job, main
+from psycho.models import resolve
+from psycho.nano import truth
+from psycho.progress import Reporter
+from psycho.run import StageResult
+from psycho.schema import stable_seed
+from psycho.stages import POLICIES, evaluation_judge
+from ray_jobs.nano import ensure_nano
+from ray_jobs.pair import rated_speeches
+
+BASELINE = "baseline"
+Row = dict[str, Any]
+Speeches = list[dict[str, str]]
+
+
+def evaluate(job: Job) -> None:
+    """Write `evaluation/`."""
+    config = job.config
+
+    def body(partial: str) -> StageResult:
+        ensure_nano(job)
+        job.need_ray()
+        if evaluation_judge(config).model == config.judge.model:
+            job.progress.say(
+                "  note: the judge that labelled the pairs also judges the policies (evaluation.judge)"
+            )
+        speeches = evaluation_speeches(job)
+        total = len(speeches) * (len(POLICIES) + 1 + 2 * len(POLICIES))
+        engine = judge_engine(config, evaluation_judge(config))
+        with (
+            WorkerPool(config.inference, config.seed, engine, job.verbose) as pool,
+            job.progress.stage("evaluate", total, "answers and verdicts") as reporter,
+        ):
+            answers = sample_all(job, pool, speeches, reporter)
+            rows, verdicts = compare_all(job, pool, speeches, answers, reporter)
+            reward = audit_reward(job, pool)
+        judged = [row for row in rows if row["outcome"] is not None]
+        results = {
+            "win_rate": win_rates(judged, speeches, answers, first_place_rate(verdicts)),
+            "reward_model": reward,
+            "judge": audit_judge(job),
+        }
+        for name, value in results.items():
+            storage.write_text(
+                storage.join(partial, "evaluation", f"{name}.json"), json.dumps(value, indent=2)
+            )
+        storage.write_table(pa.Table.from_pylist(rows), storage.join(partial, "evaluation", "comparisons"))
+        return StageResult(
+            rows_in=len(rows),
+            rows_out=len(judged),
+            tokens=sum(c.output_tokens for completions in answers.values() for c in completions),
+            quarantine=[
+                {"speech_id": row["speech_id"], "policy": row["policy"], "reason": "comparison failed"}
+                for row in rows
+                if row["outcome"] is None
+            ],
+        )
+
+    job.stage("evaluate", body)
+
+
+def evaluation_speeches(job: Job) -> Speeches:
+    """The held-out speeches, at most as many as configured."""
+    speeches = [
+        s for s in storage.read_table(job.run.path("speeches")).to_pylist() if s["split"] == "evaluation"
+    ]
+    return sorted(speeches, key=lambda s: s["speech_id"])[: job.config.evaluation.speeches]
+
+
+def sample_all(
+    job: Job, pool: WorkerPool, speeches: Speeches, reporter: Reporter
+) -> dict[str, list[Completion]]:
+    """One answer per speech from every policy and the baseline."""
+    config = job.config
+    folders = {"base": resolve(config, config.policy), BASELINE: resolve(config, config.evaluation.baseline)}
+    for name in POLICIES[1:]:
+        folders[name] = storage.local_copy(job.run.path("models", name), cache_root() / "models")
+    prompts = [prompt(s["question"], config.generation.system_prompt) for s in speeches]
+    return {
+        name: pool.sample(
+            folder,
+            prompts,
+            [stable_seed("evaluate", config.seed, name, s["speech_id"]) for s in speeches],
+            config.evaluation.sampling,
+            reporter,
+        )
+        for name, folder in folders.items()
+    }
+
+
+def compare_all(
+    job: Job, pool: WorkerPool, speeches: Speeches, answers: dict[str, list[Completion]], reporter: Reporter
+) -> tuple[list[Row], list[Verdict]]:
+    """A row per policy and speech with the outcome over both orders (None: not judged), and all verdicts."""
+    judge = evaluation_judge(job.config)
+    rows: list[Row] = []
+    items: list[tuple[str, str, str]] = []
+    for policy in POLICIES:
+        for speech, own, other in zip(speeches, answers[policy], answers[BASELINE], strict=True):
+            mine, theirs = own.text.strip(), other.text.strip()
+            rows.append(
+                {
+                    "speech_id": speech["speech_id"],
+                    "policy": policy,
+                    "response": mine,
+                    "baseline_response": theirs,
+                    "policy_chars": len(mine),
+                    "baseline_chars": len(theirs),
+                }
+            )
+            items += [(speech["question"], mine, theirs), (speech["question"], theirs, mine)]
+    seeds = [stable_seed("compare", job.config.seed, index) for index in range(len(items))]
+    verdicts = pool.compare(resolve(job.config, judge.model), judge, items, seeds, reporter)
+    for index, row in enumerate(rows):
+        first, second = verdicts[2 * index], verdicts[2 * index + 1]
+        answered = row["response"] and row["baseline_response"]
+        row["outcome"] = both_orders(first, second) if answered else None
+    return rows, verdicts
+
+
+def win_rates(
+    judged: list[Row], speeches: Speeches, answers: dict[str, list[Completion]], first_place: float | None
+) -> dict[str, Any]:
+    """Win rate per policy; against gold too where the speeches are of the nano world."""
+    ids = [s["speech_id"] for s in speeches]
+
+    def gold_of(name: str) -> list[Any] | None:
+        texts = [answer.text.strip() for answer in answers[name]]
+        return truth.gold_ratings([(s["question"], t) for s, t in zip(speeches, texts, strict=True)])
+
+    baseline = gold_of(BASELINE)
+    result: dict[str, Any] = {"first_place_rate": first_place}
+    for policy in POLICIES:
+        rows = [row for row in judged if row["policy"] == policy]
+        if not rows:
+            continue
+        result[policy] = summarise(rows)
+        own = gold_of(policy)
+        if own is not None and baseline is not None:
+            result[policy]["gold"] = truth.gold_win_rate(own, baseline, ids)
+    return result
+
+
+def audit_reward(job: Job, pool: WorkerPool) -> dict[str, Any]:
+    """Accuracy, AUC, ECE and Brier of the reward model on the test pairs, with its reliability curve."""
+    pairs = storage.read_table(job.run.path("preferences", "test")).to_pylist()
+    model = storage.local_copy(job.run.path("models", "reward"), cache_root() / "models")
+    conversations = [
+        [
+            *prompt(p["question"], job.config.generation.system_prompt),
+            {"role": "assistant", "content": p[side]},
+        ]
+        for side in ("chosen", "rejected")
+        for p in pairs
+    ]
+    scores = pool.reward(model, conversations)
+    both = [
+        (c - r, p["speech_id"])
+        for c, r, p in zip(scores[: len(pairs)], scores[len(pairs) :], pairs, strict=True)
+        if c is not None and r is not None
+    ]
+    return audit_reward_margins([m for m, _ in both], [s for _, s in both], seed=job.config.seed)
+
+
+def audit_judge(job: Job) -> dict[str, Any]:
+    """How the label judge spread its ratings; against gold where there is one."""
+    questions, speeches = rated_speeches(job)
+    rows = [row for rated in speeches.values() for row in rated]
+    overall = [row["overall"] for row in rows]
+    result: dict[str, Any] = {"n": len(rows), "mean_overall": sum(overall) / len(overall), "overall": overall}
+    known = truth.gold_ratings([(questions[row["speech_id"]], row["response"]) for row in rows])
+    return result | (truth.judge_against_gold(rows, known) if known else {})
+
+
+if __name__ == "__main__":
+    main("evaluate", evaluate, __doc__)

@@ -1,0 +1,46 @@
+"""The whole loop, one stage after the other; what is done and unchanged is skipped.
+
+    python -m ray_jobs.pipeline --config configs/nano.yaml
+    ray job submit --working-dir . -- python -m ray_jobs.pipeline --config configs/nano.yaml
+
+prepare -> generate -> judge -> pair -> train_sft -> train_reward -> train_dpo -> train_online -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+import time
+
+from psycho import storage
+from psycho.evaluation.summary import results_table, write_summary
+from psycho.job import Job, main
+from psycho.usage import PeakMemory
+from ray_jobs.evaluate import evaluate
+from ray_jobs.generate import generate
+from ray_jobs.judge import judge
+from ray_jobs.nano import ensure_nano
+from ray_jobs.pair import pair
+from ray_jobs.prepare import prepare
+from ray_jobs.report import report
+from ray_jobs.train_dpo import train_dpo
+from ray_jobs.train_online import train_online
+from ray_jobs.train_reward import train_reward
+from ray_jobs.train_sft import train_sft
+
+STAGES = (prepare, generate, judge, pair, train_sft, train_reward, train_dpo, train_online, evaluate, report)
+
+
+def pipeline(job: Job) -> None:
+    """Run every stage, then write `summary.json` and print the results."""
+    started = time.monotonic()
+    with PeakMemory() as memory:
+        ensure_nano(job)
+        for stage in STAGES:
+            stage(job)
+        summary = write_summary(job, time.monotonic() - started, memory.gib)
+    job.progress.console.print(results_table(summary))
+    job.progress.say(f"report: {storage.join(job.run.root, 'report.html')}")
+    job.progress.say(f"{time.monotonic() - started:.0f} s, peak memory {memory.gib:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main("pipeline", pipeline, __doc__)

@@ -1,0 +1,40 @@
+"""Client speeches: read, clean, drop exact duplicates, split by speech.
+
+python -m ray_jobs.prepare --config configs/nano.yaml
+python -m ray_jobs.prepare --set speeches.source=speeches.csv --set speeches.text_column=text
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from psycho import storage
+from psycho.job import Job, main
+from psycho.nano import build
+from psycho.run import StageResult
+from psycho.schema import CLIENT_SPEECH
+from psycho.speeches.clean import clean_speeches, split_speeches
+from psycho.speeches.read import read_speeches
+
+
+def prepare(job: Job) -> None:
+    """Write `speeches/`."""
+    config = job.config.speeches
+
+    def body(partial: str) -> StageResult:
+        if config.source == "nano":
+            speeches = build.speeches(job.config.nano, config.nano_train, config.evaluation, job.config.seed)
+            rows, quarantine = len(speeches), []
+        else:
+            kept, quarantine, rows = clean_speeches(read_speeches(config), config)
+            speeches = split_speeches(kept, config, job.config.seed)
+        storage.write_table(
+            pa.Table.from_pylist(speeches, schema=CLIENT_SPEECH), storage.join(partial, "speeches")
+        )
+        return StageResult(rows_in=rows, rows_out=len(speeches), quarantine=quarantine)
+
+    job.stage("prepare", body)
+
+
+if __name__ == "__main__":
+    main("prepare", prepare, __doc__)

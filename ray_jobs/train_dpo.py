@@ -1,0 +1,33 @@
+"""Offline DPO on the train pairs, from the base policy or from SFT.
+
+python -m ray_jobs.train_dpo --config configs/nano.yaml --set training.dpo.beta=0.1
+"""
+
+from __future__ import annotations
+
+from psycho import storage
+from psycho.inference.models import cache_root
+from psycho.job import Job, main
+from psycho.models import resolve
+from psycho.run import StageResult
+from psycho.training.stage import preference_rows, train_stage
+from ray_jobs.nano import ensure_nano
+
+
+def train_dpo(job: Job) -> None:
+    """Write `models/dpo/`."""
+    config = job.config
+
+    def body(partial: str) -> StageResult:
+        ensure_nano(job)
+        start = resolve(config, config.policy)
+        if config.training.dpo.init == "sft":
+            start = storage.local_copy(job.run.path("models", "sft"), cache_root() / "models")
+        rows = preference_rows(config, storage.read_table(job.run.path("preferences", "train")))
+        return train_stage(job, "dpo", "dpo", start, rows, config.training.dpo, partial)
+
+    job.stage("train_dpo", body)
+
+
+if __name__ == "__main__":
+    main("train_dpo", train_dpo, __doc__)

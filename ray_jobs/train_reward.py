@@ -1,0 +1,31 @@
+"""The Bradley-Terry reward model on the train pairs.
+
+python -m ray_jobs.train_reward --config configs/nano.yaml
+"""
+
+from __future__ import annotations
+
+from psycho import storage
+from psycho.job import Job, main
+from psycho.models import resolve
+from psycho.run import StageResult
+from psycho.training.stage import preference_rows, train_stage
+from ray_jobs.nano import ensure_nano
+
+
+def train_reward(job: Job) -> None:
+    """Write `models/reward/`."""
+    config = job.config
+
+    def body(partial: str) -> StageResult:
+        ensure_nano(job)
+        settings = config.training.reward
+        start = config.policy if settings.init == "policy" else settings.init
+        rows = preference_rows(config, storage.read_table(job.run.path("preferences", "train")))
+        return train_stage(job, "reward", "reward", resolve(config, start), rows, settings, partial)
+
+    job.stage("train_reward", body)
+
+
+if __name__ == "__main__":
+    main("train_reward", train_reward, __doc__)
