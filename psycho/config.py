@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,7 @@ from psycho.errors import BadInput
 class Section(BaseModel):
     """A frozen part of the configuration that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class EngineConfig(Section):
@@ -34,9 +34,7 @@ class EngineConfig(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     enable_prefix_caching: bool = True
-    trust_remote_code: bool = Field(
-        False, description="runs code from the model's folder; off unless you say so"
-    )
+    trust_remote_code: bool = Field(False, description="runs code from the model's folder; off unless you say so")
     extra: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -72,9 +70,7 @@ class SpeechesConfig(Section):
     min_chars: int = Field(100, ge=1)
     max_chars: int = Field(1000, ge=1)
     evaluation: int = Field(150, ge=1, description="speeches held out for evaluation")
-    max_evaluation_share: float = Field(
-        0.35, gt=0, lt=1, description="bound on the share held out when data is short"
-    )
+    max_evaluation_share: float = Field(0.35, gt=0, lt=1, description="bound on the share held out when data is short")
     limit: int | None = Field(None, ge=2, description="at most so many speeches in all")
     nano_train: int = Field(420, ge=1, description="train speeches made when source is nano")
 
@@ -118,15 +114,11 @@ class JudgeConfig(Section):
     """The judge that rates responses 1-5 on seven principles (paper, section 3.2)."""
 
     model: str = ""
-    template: Literal["rubric", "compact"] = Field(
-        "rubric", description="compact: for judges trained on the format"
-    )
+    template: Literal["rubric", "compact"] = Field("rubric", description="compact: for judges trained on the format")
     max_evidence_chars: int = Field(200, ge=1)
     max_tokens: int = Field(1024, ge=1)
     temperature: float = Field(0.0, ge=0)
-    retries: int = Field(
-        1, ge=0, description="fresh tries of an answer that does not parse; then it is left out"
-    )
+    retries: int = Field(1, ge=0, description="fresh tries of an answer that does not parse; then it is left out")
     fluency_floor: float | None = Field(
         None,
         description="clarity is 1 where a response holds a token under this log-probability by the judge itself",
@@ -140,9 +132,7 @@ class PairsConfig(Section):
     """Train pairs: every pair of a speech with overall gap >= min_gap; test: best against worst."""
 
     min_gap: float = Field(1.0, ge=0, le=4)
-    min_test_gap: float = Field(
-        0.0, ge=0, le=4, description="test pairs need more than this gap; ties never pair"
-    )
+    min_test_gap: float = Field(0.0, ge=0, le=4, description="test pairs need at least this gap; ties never pair")
     max_pairs_per_speech: int | None = Field(None, ge=1)
 
 
@@ -152,9 +142,7 @@ class LoopConfig(Section):
     lr: float = Field(..., gt=0)
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(..., ge=1, description="examples or pairs in an optimizer step, over all workers")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="examples a worker handles at once; none: all"
-    )
+    micro_batch_size: int | None = Field(None, ge=1, description="examples a worker handles at once; none: all")
     warmup_share: float = Field(0.05, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -186,9 +174,7 @@ class PreferenceConfig(LoopConfig):
     lr: float = Field(5e-7, gt=0)
     batch_size: int = Field(64, ge=1)
     beta: float = Field(0.1, gt=0)
-    nll_weight: float = Field(
-        0.0, ge=0, description="weight of the chosen response's negative log-likelihood"
-    )
+    nll_weight: float = Field(0.0, ge=0, description="weight of the chosen response's negative log-likelihood")
 
 
 class DPOConfig(PreferenceConfig):
@@ -251,9 +237,7 @@ class ServingConfig(Section):
     max_tokens: int = Field(512, ge=1)
     request_timeout_s: float = Field(120, gt=0)
     start_timeout_s: float = Field(600, gt=0)
-    api_key_env: str | None = Field(
-        None, description="environment variable that holds the key clients must send"
-    )
+    api_key_env: str | None = Field(None, description="environment variable that holds the key clients must send")
 
 
 class ClusterConfig(Section):
@@ -305,13 +289,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | 
     except FileNotFoundError:
         raise BadInput(f"configuration {file} does not exist; configs/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"configuration {file} cannot be read: {type(error).__name__}; check it is UTF-8 text"
-        ) from None
+        raise BadInput(f"configuration {file} cannot be read: {type(error).__name__}; check it is UTF-8 text") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise BadInput(f"configuration {file} is not valid YAML{line}; put that line right") from None
+    except ValueError as error:  # what looks like a date and is none
+        raise BadInput(f"configuration {file} is not valid YAML ({error}); quote that value") from None
     if not isinstance(tree, dict):
         raise BadInput(f"configuration {file} holds no settings; write `key: value` lines")
     for override in overrides:
@@ -335,7 +319,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise BadInput(f"--set {override} is not key=value; write for example --set training.dpo.beta=0.2")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise BadInput(f"--set {key}: the value is not valid YAML; quote it") from None
     *parents, leaf = key.strip().split(".")
     node = tree
@@ -364,12 +348,14 @@ def _explain(error: ValidationError, origin: str) -> str:
 
 def _nearest(key: str) -> str:
     known = list(known_keys())
+    key = ".".join(part for part in key.split(".") if not part.isdigit())  # places in a list
     parent, _, leaf = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     by_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.5)
     if by_leaf:
         return f"did you mean {f'{parent}.' if parent else ''}{by_leaf[0]}?"
-    anywhere = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    others = [k for k in known if not key.startswith(f"{k}.")]  # the sections above are right already
+    anywhere = difflib.get_close_matches(key, others, n=1, cutoff=0.5)
     if anywhere:
         return f"did you mean {anywhere[0]}?"
     return f"known here: {', '.join(k.rpartition('.')[2] for k in siblings) or 'nothing'}"
@@ -379,9 +365,9 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterable[st
     """Every dotted key that a configuration may hold."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from known_keys(kind, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section, an optional one, a list of them
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from known_keys(kind, f"{prefix}{name}.")
 
 
 def to_yaml(config: BaseModel) -> str:

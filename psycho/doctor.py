@@ -78,9 +78,7 @@ def check_python(version: tuple[int, int]) -> Check:
 def check_compiler(compiler: str | None, headers: bool) -> Check:
     """DeepSpeed compiles a C++ operator on first use; that takes a compiler and Python.h."""
     if compiler is None:
-        return Check(
-            "C++ compiler", "fail", "none", "Install g++; DeepSpeed builds an operator on first use."
-        )
+        return Check("C++ compiler", "fail", "none", "Install g++; DeepSpeed builds an operator on first use.")
     if not headers:
         return Check("C++ compiler", "fail", f"{compiler}, but no Python.h", "Install python3.11-dev.")
     return Check("C++ compiler", "ok", compiler)

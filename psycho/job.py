@@ -81,16 +81,10 @@ def register(app: typer.Typer, name: str, recipe: Callable[[Job], None], documen
     @app.command(name=name, help=(documentation or name).strip())
     def _command(
         config: Annotated[Path, typer.Option(help="configuration file")] = DEFAULT_CONFIG,
-        set_: Annotated[
-            list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")
-        ] = None,
-        run_dir: Annotated[
-            str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")
-        ] = None,
+        set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")] = None,
+        run_dir: Annotated[str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")] = False,
-        verbose: Annotated[
-            bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")
-        ] = False,
+        verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")] = False,
     ) -> None:
         options = Options(config, tuple(set_ or ()), run_dir, dry_run, verbose)
         raise typer.Exit(execute(name, recipe, options))

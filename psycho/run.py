@@ -63,7 +63,10 @@ class Run:
         Raises:
             BadInput: the folder is a file, cannot be written, or belongs to another format.
         """
-        found = storage.read_text(self.path("manifests", "run.json")) if storage.exists(self.root) else None
+        try:
+            found = storage.read_text(self.path("manifests", "run.json"))
+        except NotADirectoryError:
+            raise BadInput(f"run folder {self.root} is a file; choose another --run-dir") from None
         if found is not None:
             try:
                 version = json.loads(found).get("format")
@@ -114,27 +117,26 @@ class Run:
         """Run `body(partial_folder)` unless the stage is done; return its manifest with a `status`.
 
         Raises:
-            StageFailed: an input stage is not done, or the counts do not balance.
+            BadInput: an input stage is not done.
+            StageFailed: the counts do not balance.
         """
         if self.is_done(name):
             return {**(self.manifest(name) or {}), "status": "skipped"}
         for upstream in self.stages[name].inputs(self.config):
             if not self.is_done(upstream):
-                raise BadInput(
-                    f"stage {name} needs stage {upstream}, which is not done in {self.root}; run it first"
-                )
+                raise BadInput(f"stage {name} needs stage {upstream}, which is not done in {self.root}; run it first")
         self._drop_stale_partials(name)
         started = time.time()
         try:
             result = body(self.partial(name))
+            if result.rows_in != result.rows_out + len(result.quarantine):
+                raise StageFailed(
+                    f"{name}: counts do not balance: {result.rows_in} in, {result.rows_out} out, "
+                    f"{len(result.quarantine)} quarantined"
+                )
         except BaseException as error:
             self._ledger(name, type(error).__name__, time.time() - started, StageResult())
             raise
-        if result.rows_in != result.rows_out + len(result.quarantine):
-            raise StageFailed(
-                f"{name}: counts do not balance: {result.rows_in} in, {result.rows_out} out, "
-                f"{len(result.quarantine)} quarantined"
-            )
         return self._publish(name, result, time.time() - started)
 
     def _publish(self, name: str, result: StageResult, seconds: float) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class Run:
         if storage.is_remote(self.root):
             return
         keep = Path(self.partial(name)).name
-        for folder in Path(self.root, ".partial").glob(f"{name}-*"):
+        for folder in Path(storage.resolve(self.root)[1], ".partial").glob(f"{name}-*"):
             if folder.name != keep:
                 storage.remove(str(folder))
 

@@ -126,11 +126,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train_online",
-        lambda c: (
-            ("prepare", "train_dpo", "train_reward")
-            if c.online.scorer == "reward"
-            else ("prepare", "train_dpo")
-        ),
+        lambda c: ("prepare", "train_dpo", "train_reward") if c.online.scorer == "reward" else ("prepare", "train_dpo"),
         _train_online,
         ("models/online",),
     ),

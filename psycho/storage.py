@@ -35,9 +35,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput(
-            f"{uri} cannot be opened ({type(error).__name__}); check the scheme and credentials"
-        ) from None
+        raise BadInput(f"{uri} cannot be opened ({type(error).__name__}); check the scheme and credentials") from None
 
 
 def join(uri: str, *parts: str) -> str:

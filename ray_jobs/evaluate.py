@@ -17,7 +17,7 @@ from psycho import storage
 from psycho.evaluation.comparison import Verdict, both_orders, first_place_rate, summarise
 from psycho.evaluation.metrics import audit_reward_margins
 from psycho.inference.models import cache_root
-from psycho.inference.pool import WorkerPool, judge_engine
+from psycho.inference.pool import WorkerPool
 from psycho.inference.requests import prompt
 from psycho.inference.worker import Completion
 from psycho.job import Job, main
@@ -43,14 +43,11 @@ def evaluate(job: Job) -> None:
         ensure_nano(job)
         job.need_ray()
         if evaluation_judge(config).model == config.judge.model:
-            job.progress.say(
-                "  note: the judge that labelled the pairs also judges the policies (evaluation.judge)"
-            )
+            job.progress.say("  note: the judge that labelled the pairs also judges the policies (evaluation.judge)")
         speeches = evaluation_speeches(job)
         total = len(speeches) * (len(POLICIES) + 1 + 2 * len(POLICIES))
-        engine = judge_engine(config, evaluation_judge(config))
         with (
-            WorkerPool(config.inference, config.seed, engine, job.verbose) as pool,
+            WorkerPool(config.inference, config.seed, evaluation_judge(config), job.verbose) as pool,
             job.progress.stage("evaluate", total, "answers and verdicts") as reporter,
         ):
             answers = sample_all(job, pool, speeches, reporter)
@@ -63,9 +60,7 @@ def evaluate(job: Job) -> None:
             "judge": audit_judge(job),
         }
         for name, value in results.items():
-            storage.write_text(
-                storage.join(partial, "evaluation", f"{name}.json"), json.dumps(value, indent=2)
-            )
+            storage.write_text(storage.join(partial, "evaluation", f"{name}.json"), json.dumps(value, indent=2))
         storage.write_table(pa.Table.from_pylist(rows), storage.join(partial, "evaluation", "comparisons"))
         return StageResult(
             rows_in=len(rows),
@@ -83,15 +78,11 @@ def evaluate(job: Job) -> None:
 
 def evaluation_speeches(job: Job) -> Speeches:
     """The held-out speeches, at most as many as configured."""
-    speeches = [
-        s for s in storage.read_table(job.run.path("speeches")).to_pylist() if s["split"] == "evaluation"
-    ]
+    speeches = [s for s in storage.read_table(job.run.path("speeches")).to_pylist() if s["split"] == "evaluation"]
     return sorted(speeches, key=lambda s: s["speech_id"])[: job.config.evaluation.speeches]
 
 
-def sample_all(
-    job: Job, pool: WorkerPool, speeches: Speeches, reporter: Reporter
-) -> dict[str, list[Completion]]:
+def sample_all(job: Job, pool: WorkerPool, speeches: Speeches, reporter: Reporter) -> dict[str, list[Completion]]:
     """One answer per speech from every policy and the baseline."""
     config = job.config
     folders = {"base": resolve(config, config.policy), BASELINE: resolve(config, config.evaluation.baseline)}

@@ -38,9 +38,7 @@ def generate(job: Job) -> None:
                 names = [model.name for model in models]
                 mine = [index for index, name in enumerate(requests["model"].to_pylist()) if name in names]
                 inference = config.inference
-                spec = EngineSpec(
-                    models[0].engine or inference.engine, config.seed, inference.env, job.verbose
-                )
+                spec = EngineSpec(models[0].engine or inference.engine, config.seed, inference.env, job.verbose)
                 tables += run_batches(
                     requests.take(mine).sort_by([("model", "ascending"), ("request_id", "ascending")]),
                     storage.join(partial, "answers", str(number)),
@@ -53,7 +51,7 @@ def generate(job: Job) -> None:
                     },
                     inference,
                     models[0].gpus_per_worker,
-                    lambda found, reporter=reporter: reporter.add(found),
+                    reporter.add,
                 )
         responses, failed = split_errors(tables)
         storage.write_table(responses.select(RESPONSE.names), storage.join(partial, "responses"))
@@ -83,9 +81,9 @@ def engine_groups(config: Config) -> list[list[ModelConfig]]:
     """Models of the pool that can take turns in one engine, together."""
     groups: dict[tuple[str, str], list[ModelConfig]] = defaultdict(list)
     for model in config.generation.pool:
-        groups[
-            engine_signature(resolve(config, model.model)), repr((model.engine, model.gpus_per_worker))
-        ].append(model)
+        groups[engine_signature(resolve(config, model.model)), repr((model.engine, model.gpus_per_worker))].append(
+            model
+        )
     return list(groups.values())
 
 

@@ -57,9 +57,7 @@ def judge(job: Job) -> None:
 
 def responses_with_speech(job: Job) -> pa.Table:
     """Responses with the `question` they answer, those of one speech together (prefix caching)."""
-    questions = {
-        s["speech_id"]: s["question"] for s in storage.read_table(job.run.path("speeches")).to_pylist()
-    }
+    questions = {s["speech_id"]: s["question"] for s in storage.read_table(job.run.path("speeches")).to_pylist()}
     table = storage.read_table(job.run.path("responses"))
     speeches = [questions[speech_id] for speech_id in table["speech_id"].to_pylist()]
     table = table.append_column("question", pa.array(speeches, pa.string()))

@@ -40,9 +40,7 @@ def pair(job: Job) -> None:
             left_out += dropped
         for name, rows in (("train", train), ("test", test)):
             if not rows:
-                raise BadInput(
-                    f"no {name} pair was made; lower pairs.min_gap (now {job.config.pairs.min_gap:g})"
-                )
+                raise BadInput(f"no {name} pair was made; lower pairs.min_gap (now {job.config.pairs.min_gap:g})")
             storage.write_table(
                 pa.Table.from_pylist(rows, schema=PREFERENCE_PAIR), storage.join(partial, "preferences", name)
             )

@@ -6,6 +6,8 @@ python -m ray_jobs.prepare --set speeches.source=speeches.csv --set speeches.tex
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 
 from psycho import storage
@@ -22,15 +24,14 @@ def prepare(job: Job) -> None:
     config = job.config.speeches
 
     def body(partial: str) -> StageResult:
+        quarantine: list[dict[str, Any]] = []
         if config.source == "nano":
             speeches = build.speeches(job.config.nano, config.nano_train, config.evaluation, job.config.seed)
-            rows, quarantine = len(speeches), []
+            rows = len(speeches)
         else:
             kept, quarantine, rows = clean_speeches(read_speeches(config), config)
             speeches = split_speeches(kept, config, job.config.seed)
-        storage.write_table(
-            pa.Table.from_pylist(speeches, schema=CLIENT_SPEECH), storage.join(partial, "speeches")
-        )
+        storage.write_table(pa.Table.from_pylist(speeches, schema=CLIENT_SPEECH), storage.join(partial, "speeches"))
         return StageResult(rows_in=rows, rows_out=len(speeches), quarantine=quarantine)
 
     job.stage("prepare", body)

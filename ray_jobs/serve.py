@@ -17,7 +17,7 @@ from psycho import storage
 from psycho.errors import BadInput
 from psycho.job import Job, main
 from psycho.run import Run
-from psycho.serving.app import start, stop
+from psycho.serving.app import check_port, start, stop
 
 _FINAL_FIRST = ("online", "dpo", "sft")
 
@@ -33,6 +33,8 @@ Ctrl-C ends it."""
 
 def serve(job: Job) -> None:
     policy, reward = final_models(job.run)
+    check_port(job.config.serving.host, job.config.serving.port)
+    job.need_ray()
     url = start(job.config, policy, reward)
     try:
         variable = job.config.serving.api_key_env
@@ -51,11 +53,9 @@ def final_models(run: Run) -> tuple[str, str]:
         BadInput: the run has not trained them.
     """
     folders = {name: run.path("models", name) for name in (*_FINAL_FIRST, "reward")}
-    trained = [
-        name for name, folder in folders.items() if storage.exists(storage.join(folder, "config.json"))
-    ]
+    trained = [name for name, folder in folders.items() if storage.exists(storage.join(folder, "config.json"))]
     if "reward" not in trained or len(trained) < 2:
-        missing = "policy" if trained == ["reward"] else "reward model"
+        missing = "policy" if "reward" in trained else "reward model" if trained else "models"
         raise BadInput(f"the run in {run.root} has no trained {missing}; run the pipeline first")
     return folders[trained[0]], folders["reward"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from psycho import storage
 from psycho.inference.models import cache_root
-from psycho.inference.pool import WorkerPool, judge_engine
+from psycho.inference.pool import WorkerPool
 from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.run import StageResult
@@ -37,13 +37,10 @@ def train_online(job: Job) -> None:
         scorer = resolve(config, config.judge.model)
         if not judged:
             scorer = storage.local_copy(job.run.path("models", "reward"), cache_root() / "models")
-        speeches = [
-            s for s in storage.read_table(job.run.path("speeches")).to_pylist() if s["split"] == "train"
-        ]
+        speeches = [s for s in storage.read_table(job.run.path("speeches")).to_pylist() if s["split"] == "train"]
         sampled = min(online.speeches_per_round, len(speeches)) * online.samples_per_speech
-        engine = judge_engine(config, config.judge) if judged else None
         with (
-            WorkerPool(config.inference, config.seed, engine, job.verbose) as pool,
+            WorkerPool(config.inference, config.seed, config.judge if judged else None, job.verbose) as pool,
             job.progress.stage("train_online", online.rounds * sampled * 2, "samples and scores") as reporter,
         ):
             launch(
@@ -68,12 +65,8 @@ def train_online(job: Job) -> None:
         return StageResult(
             rows_in=samples,
             rows_out=samples - failed,
-            tokens=int(
-                sum(row["tokens"] for row in read_history(output)) + sum(r["sampled_tokens"] for r in rounds)
-            ),
-            quarantine=[
-                {"round": r["round"], "reason": "no score"} for r in rounds for _ in range(r["failed"])
-            ],
+            tokens=int(sum(row["tokens"] for row in read_history(output)) + sum(r["sampled_tokens"] for r in rounds)),
+            quarantine=[{"round": r["round"], "reason": "no score"} for r in rounds for _ in range(r["failed"])],
             extra={"rounds": rounds},
         )
 

@@ -15,10 +15,10 @@ Summary = Mapping[str, Any]
 Histories = Mapping[str, Sequence[Mapping[str, float]]]
 
 LABELS = {
-    "base": "base: before training",
-    "sft": "sft: after the best examples",
-    "dpo": "dpo: after preference pairs",
-    "online": "online: after online rounds",
+    "base": "before training",
+    "sft": "after the best examples",
+    "dpo": "after preference pairs",
+    "online": "after online rounds",
 }
 FEW_SPEECHES = 100
 LONGER = 1.25  # times the characters of the model before training
@@ -39,7 +39,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def interval(row: Mapping[str, float], low: str = "low", high: str = "high") -> str:
     """The 95 % interval of a rate, without the words."""
-    return f"{100 * row[low]:.1f}–{100 * row[high]:.1f}\u00a0%"
+    return f"{100 * row[low]:.1f}–\u2060{100 * row[high]:.1f}\u00a0%"
 
 
 def story(config: Config, summary: Summary) -> list[str]:
@@ -97,9 +97,7 @@ def _result(config: Config, summary: Summary) -> str:
     if base and name != "base":
         parts.append(f"Before training it was {percent(base['rate'])} ({interval(base)}).")
     if "gold" in row:
-        parts.append(
-            f"By the true quality, known in this practice world, it is {percent(row['gold']['rate'])}."
-        )
+        parts.append(f"By the true quality, known in this practice world, it is {percent(row['gold']['rate'])}.")
     return " ".join(parts)
 
 
@@ -121,18 +119,17 @@ def limits(config: Config, summary: Summary) -> list[str]:
             "This is the embedded practice world: a small grammar made the speeches and the models are tiny. It "
             "shows whether the method works, and nothing about real clients."
         )
-    if evaluation_judge(config).model == config.judge.model:
+    if summary.get("win_rate") and evaluation_judge(config).model == config.judge.model:
         found.append(
             "The judge that labelled the training pairs also decided the win rate, so its taste counts twice. Set "
             "evaluation.judge to another model for an independent view."
         )
-    found.append(
-        "A judge model is not a client or a therapist: a win is a preference of that model, not a benefit."
-    )
-    found.append(
-        "Test pairs set a speech's best response against its worst, which makes the reward model's accuracy an easy "
-        "figure."
-    )
+    found.append("A judge model is not a client or a therapist: its preference is not a benefit to anybody.")
+    if summary.get("reward_model"):
+        found.append(
+            "Test pairs set a speech's best response against its worst, which makes the reward model's accuracy an "
+            "easy figure."
+        )
     found.append("Every conversation is a single speech and a single response.")
     found.append(
         "This report holds no safety test: it does not show how the model answers a client in danger or crisis."
@@ -177,9 +174,7 @@ def _policy_warnings(summary: Summary) -> list[str]:
             "learned what pleases the judge (over-optimisation)."
         )
     if gold and gold["on_grammar"] < OFF_GRAMMAR:
-        found.append(
-            f"Only {percent(gold['on_grammar'])} of the text is still well-formed in the practice language."
-        )
+        found.append(f"Only {percent(gold['on_grammar'])} of the text is still well-formed in the practice language.")
     return found
 
 
@@ -190,8 +185,8 @@ def _reward_warnings(histories: Histories) -> list[str]:
         mean = sum(row["reward_chosen"] for row in last) / len(last)
         if mean < 0:
             found.append(
-                f"In {name} the reward of the chosen responses fell to {mean:.2f}: the model learned to avoid the "
-                "rejected responses and made the chosen ones less likely too."
+                f"In {name} the reward of the chosen responses fell to \u2212{-mean:.2f}: the model learned to avoid "
+                "the rejected responses and made the chosen ones less likely too."
             )
     return found
 

@@ -17,22 +17,22 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 Rows = Sequence[Mapping[str, Any]]
 
 INK, MUTED, GRID = "#2a3238", "#69757d", "#dcdcd5"
 JUDGE, CONTROLLED, GOLD = "#2f6f73", "#b9722c", "#75609f"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", JUDGE: "one", CONTROLLED: "two", GOLD: "three"}
-_HEAT = LinearSegmentedColormap.from_list("calm", ["#f3efe3", "#a9cdbf", "#4b9491", "#1d5560"])
-_STYLE = {
+_HEAT = LinearSegmentedColormap.from_list("calm", ["#f6f1e4", "#c4ded2", "#84bfb2", "#4fa39b"])
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial"],
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -41,12 +41,7 @@ _STYLE = {
     "axes.formatter.useoffset": False,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "text.color": INK,
     "text.parse_math": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
@@ -59,9 +54,7 @@ _MAX_POINTS = 300
 class Drawing:
     """A figure that is drawn inside a `with` block; `svg` is there once it is left."""
 
-    def __init__(
-        self, name: str, alt: str, width: float, height: float, rows: int = 1, columns: int = 1
-    ) -> None:
+    def __init__(self, name: str, alt: str, width: float, height: float, rows: int = 1, columns: int = 1) -> None:
         self.name, self.alt = name, alt
         self._shape = (width, height, rows, columns)
         self._context = rc_context({**_STYLE, "svg.hashsalt": name})
@@ -94,7 +87,7 @@ def _inline(svg: str, name: str, alt: str) -> Markup:
     return Markup(body.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1))
 
 
-def win_rates(series: Mapping[str, Rows], policies: Sequence[str], n: int) -> Markup:
+def win_rates(series: Mapping[str, Rows], policies: Sequence[str], n: str) -> Markup:
     """Dots with 95 % intervals, policies from top to bottom.
 
     Args:
@@ -104,11 +97,9 @@ def win_rates(series: Mapping[str, Rows], policies: Sequence[str], n: int) -> Ma
         f"{label}: " + ", ".join(f"{p} {_spoken(row)}" for p, row in zip(policies, rows, strict=True) if row)
         for label, rows in series.items()
     )
-    drawing = Drawing(
-        "win-rate", f"Win rates with 95 % intervals. {said}.", _WIDE, 1.25 + 0.55 * len(policies)
-    )
+    drawing = Drawing("win-rate", f"Win rates with 95 % intervals. {said}.", _WIDE, 1.25 + 0.55 * len(policies))
     with drawing as (ax,):
-        offsets = np.linspace(-0.22, 0.22, len(series)) if len(series) > 1 else np.zeros(1)
+        offsets = 0.22 * (np.arange(len(series)) - (len(series) - 1) / 2)
         for offset, (label, rows), colour, mark in zip(
             offsets, series.items(), (JUDGE, CONTROLLED, GOLD), "osD", strict=False
         ):
@@ -126,9 +117,7 @@ def win_rates(series: Mapping[str, Rows], policies: Sequence[str], n: int) -> Ma
                 label=label,
             )
         ax.axvline(50, color=MUTED, ls="--", lw=1)
-        ax.set(
-            xlim=(0, 100), ylim=(len(policies) - 0.5, -0.5), xlabel=f"win rate in % of speeches (n = {n:,})"
-        )
+        ax.set(xlim=(0, 100), ylim=(len(policies) - 0.5, -0.5), xlabel=f"win rate in % of speeches (n = {n})")
         ax.set_yticks(range(len(policies)), policies)
         ax.grid(axis="y", visible=False)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
@@ -161,9 +150,7 @@ def reliability(bins: Rows, n: int) -> Markup:
 
 def bars(name: str, alt: str, labels: Sequence[str], values: Sequence[float | None], title: str) -> Markup:
     """Horizontal bars between -1 and 1, each with its figure; None is written out."""
-    said = ", ".join(
-        f"{k} {'unknown' if v is None else f'{v:.2f}'}" for k, v in zip(labels, values, strict=True)
-    )
+    said = ", ".join(f"{k} {'unknown' if v is None else f'{v:.2f}'}" for k, v in zip(labels, values, strict=True))
     drawing = Drawing(name, f"{alt} {said}.", _HALF, 0.9 + 0.29 * len(labels))
     with drawing as (ax,):
         heights = [v or 0.0 for v in values]
@@ -181,9 +168,7 @@ def bars(name: str, alt: str, labels: Sequence[str], values: Sequence[float | No
     return drawing.svg
 
 
-def histogram(
-    name: str, alt: str, values: Sequence[float], low: float, high: float, xlabel: str, what: str
-) -> Markup:
+def histogram(name: str, alt: str, values: Sequence[float], low: float, high: float, xlabel: str, what: str) -> Markup:
     """Counts of means of seven whole ratings, so a bar per seventh."""
     x = np.asarray(values, dtype=float)
     edges = np.arange(round(low * 7), round(high * 7) + 2) / 7 - 1 / 14
@@ -203,9 +188,7 @@ def loss_curves(histories: Mapping[str, Rows]) -> Markup:
     """Loss per optimizer step, a panel a training; the faint line is each step, the strong one its running mean."""
     columns = min(2, len(histories))
     rows = -(-len(histories) // columns)
-    said = "; ".join(
-        f"{k}: {_ends([row['loss'] for row in h])} in {len(h):,} steps" for k, h in histories.items()
-    )
+    said = "; ".join(f"{k}: {_ends([row['loss'] for row in h])} in {len(h):,} steps" for k, h in histories.items())
     drawing = Drawing("loss", f"Loss per step. {said}.", _WIDE, 0.3 + 2.0 * rows, rows, columns)
     with drawing as axes:
         for ax, (name, history) in zip(axes, histories.items(), strict=False):
@@ -215,7 +198,8 @@ def loss_curves(histories: Mapping[str, Rows]) -> Markup:
             ax.set_ylabel("loss")
         for ax in axes[len(histories) :]:
             ax.set_axis_off()
-        _label_last_row(axes, columns, len(histories))
+        for ax in axes[max(0, len(histories) - columns) : len(histories)]:
+            ax.set_xlabel("optimizer step")
     return drawing.svg
 
 
@@ -234,7 +218,7 @@ def reward_curves(histories: Mapping[str, Rows]) -> Markup:
             _mark_rounds(ax, history)
             ax.set(xlabel="optimizer step")
             ax.set_title(f"{name} ({len(history):,} steps)")
-        axes[0].set_ylabel("reward, in units of β log-ratio")
+        axes[0].set_ylabel("implicit reward (β × log-ratio)")
         axes[0].legend(loc="best")
     return drawing.svg
 
@@ -264,16 +248,9 @@ def _mark_rounds(ax: Axes, history: Rows) -> None:
             ax.axvline(step + 0.5, color=MUTED, lw=0.8, ls=":")
 
 
-def _label_last_row(axes: Sequence[Axes], columns: int, used: int) -> None:
-    for ax in axes[max(0, used - columns) : used]:
-        ax.set_xlabel("optimizer step")
-
-
 def online_rounds(rounds: Rows) -> Markup:
     """Mean score and mean length of the samples of each round."""
-    said = ", ".join(
-        f"round {r['round'] + 1}: score {r['mean_score']:.2f}, {r['mean_chars']:.0f}" for r in rounds
-    )
+    said = ", ".join(f"round {r['round'] + 1}: score {r['mean_score']:.2f}, {r['mean_chars']:.0f}" for r in rounds)
     drawing = Drawing("rounds", f"Online rounds. {said} characters.", _WIDE, 2.3, 1, 2)
     with drawing as axes:
         for ax, key, title, colour in zip(
@@ -303,7 +280,8 @@ def heat_map(
     limits: tuple[float, float],
 ) -> Markup:
     """A small table of figures with colour; NaN stays empty. `labels` are those of the rows and the columns."""
-    width = min(_WIDE, 2.2 + 0.72 * len(columns))
+    width = min(_WIDE, 1.5 + 0.58 * len(columns))
+    size = 8.5 if len(columns) <= 10 else 6.5
     drawing = Drawing(name, alt, width, 1.1 + 0.36 * len(rows))
     with drawing as (ax,):
         low, high = limits
@@ -312,11 +290,8 @@ def heat_map(
         for (i, j), share in np.ndenumerate(scaled):
             if np.isnan(share):
                 continue
-            ax.add_patch(_cell(j, i, to_hex(_HEAT(share))))
-            colour = "#ffffff" if share > 0.55 else "#20282d"
-            ax.text(
-                j, i, f"{table[i, j]:,.{decimals}f}", ha="center", va="center", fontsize=8.5, color=colour
-            )
+            ax.add_patch(Rectangle((j - 0.48, i - 0.47), 0.96, 0.94, facecolor=to_hex(_HEAT(share)), linewidth=0))
+            ax.text(j, i, f"{table[i, j]:,.{decimals}f}", ha="center", va="center", fontsize=size, color="#1b2226")
         ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
         ax.set_yticks(range(len(rows)), rows)
         ax.set(ylabel=labels[0], xlabel=labels[1])
@@ -324,9 +299,3 @@ def heat_map(
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
     return drawing.svg
-
-
-def _cell(x: int, y: int, colour: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=colour, linewidth=0)

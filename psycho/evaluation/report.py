@@ -94,10 +94,10 @@ def _win_rate(rates: Mapping[str, Any], first_place: float | None) -> Context | 
         "truth (gold)": [row.get("gold", {}) for row in rows],
     }
     shown = {label: found for label, found in series.items() if any(found)}
-    n = max(row["n"] for row in rows)
+    counts = [row["n"] for row in rows]
+    n = "–".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
     return {
         "rows": dict(zip(policies, rows, strict=True)),
-        "n": n,
         "first_place": first_place,
         "svg": plots.win_rates(shown, policies, n),
     }
@@ -105,11 +105,7 @@ def _win_rate(rates: Mapping[str, Any], first_place: float | None) -> Context | 
 
 def _controlled(row: Mapping[str, Any]) -> dict[str, Any]:
     names = {"length_controlled": "rate", "length_controlled_low": "low", "length_controlled_high": "high"}
-    return (
-        {new: row[old] for old, new in names.items()}
-        if all(row.get(old) is not None for old in names)
-        else {}
-    )
+    return {new: row[old] for old, new in names.items()} if all(row.get(old) is not None for old in names) else {}
 
 
 def _reward_model(run: Run, summary: Summary) -> Context | None:
@@ -148,9 +144,7 @@ def _histories(run: Run, summary: Summary) -> dict[str, list[dict[str, float]]]:
     found = {}
     for name in ("sft", "reward", "dpo", "online"):
         if f"train_{name}" in summary["stages"]:
-            rows = [
-                row for row in read_history(run.path("models", name)) if all(map(math.isfinite, row.values()))
-            ]
+            rows = [row for row in read_history(run.path("models", name)) if all(map(math.isfinite, row.values()))]
             if rows:
                 found[name] = rows
     return found
@@ -209,20 +203,25 @@ def _pairs(run: Run) -> Context:
             "train pairs",
         ),
         "who_svg": _chosen_by_rejected(pairs),
+        "few": _fits_half_a_page(pairs),
     }
+
+
+def _fits_half_a_page(pairs: pa.Table) -> bool:
+    models = pc.unique(pairs["chosen_model"]).to_pylist()
+    return len(models) <= 6 and max(map(len, models)) <= 16
 
 
 def _chosen_by_rejected(pairs: pa.Table) -> Any:
     counts = pairs.group_by(["chosen_model", "rejected_model"]).aggregate([("gap", "count")]).to_pylist()
     models = sorted({row[side] for row in counts for side in ("chosen_model", "rejected_model")})
+    place = {model: index for index, model in enumerate(models)}
     table = np.full((len(models), len(models)), np.nan)
     for row in counts:
-        table[models.index(row["chosen_model"]), models.index(row["rejected_model"])] = row["gap_count"]
-    wins = {
-        model: np.nansum(table[i]) / max(1.0, np.nansum(table[i]) + np.nansum(table[:, i]))
-        for i, model in enumerate(models)
-    }
-    said = ", ".join(f"{model} {share:.0%}" for model, share in wins.items())
+        table[place[row["chosen_model"]], place[row["rejected_model"]]] = row["gap_count"]
+    chosen, rejected = np.nansum(table, axis=1), np.nansum(table, axis=0)
+    shares = zip(models, chosen / np.maximum(1, chosen + rejected), strict=True)
+    said = ", ".join(f"{model} {share:.0%}" for model, share in shares)
     return plots.heat_map(
         "who",
         f"Train pairs by model. Share of a model's pairs in which it was chosen: {said}.",
@@ -262,9 +261,7 @@ def _examples(run: Run, summary: Summary) -> list[dict[str, Any]]:
     if policy is None:
         return []
     rows = storage.read_table(run.path("evaluation", "comparisons")).to_pylist()
-    rows = sorted(
-        (r for r in rows if r["policy"] == policy and r["outcome"] is not None), key=lambda r: r["speech_id"]
-    )
+    rows = sorted((r for r in rows if r["policy"] == policy and r["outcome"] is not None), key=lambda r: r["speech_id"])
     groups = [[r for r in rows if r["outcome"] == outcome] for outcome in (1.0, 0.5, 0.0)]
     first = [group[0] for group in groups if group]
     rest = [row for row in rows if row not in first]
@@ -273,9 +270,7 @@ def _examples(run: Run, summary: Summary) -> list[dict[str, Any]]:
     ids = pa.array([row["speech_id"] for row in picked], pa.string())
     wanted = speeches.filter(pc.is_in(speeches["speech_id"], ids)).to_pylist()
     questions = {row["speech_id"]: row["question"] for row in wanted}
-    return [
-        row | {"question": questions.get(row["speech_id"], ""), "verdict": _verdict(row)} for row in picked
-    ]
+    return [row | {"question": questions.get(row["speech_id"], ""), "verdict": _verdict(row)} for row in picked]
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

@@ -143,11 +143,7 @@ def _counts(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         "pairs_train": ("pair", "train"),
         "pairs_test": ("pair", "test"),
     }
-    return {
-        count: manifests[stage][key]
-        for count, (stage, key) in where.items()
-        if key in manifests.get(stage, {})
-    }
+    return {count: manifests[stage][key] for count, (stage, key) in where.items() if key in manifests.get(stage, {})}
 
 
 def _versions(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -168,10 +164,7 @@ def _without_secrets(value: Any, key: str = "") -> Any:
     """Settings as they may be shown: environment variables that look like a secret lose their value."""
     if isinstance(value, dict):
         inside_env = key == "env"
-        return {
-            k: "(hidden)" if inside_env and _SECRET.search(k) else _without_secrets(v, k)
-            for k, v in value.items()
-        }
+        return {k: "(hidden)" if inside_env and _SECRET.search(k) else _without_secrets(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [_without_secrets(item) for item in value]
     return value

@@ -44,9 +44,7 @@ def run_batches(
         WaitTimedOut: no batch finished within the configured limits.
         StageFailed: an answer is missing or doubled at the end.
     """
-    done = {
-        i for table in storage.read_finished(folder, ["request_id"]) for i in table["request_id"].to_pylist()
-    }
+    done = {i for table in storage.read_finished(folder, ["request_id"]) for i in table["request_id"].to_pylist()}
     if done and on_resume:
         on_resume(len(done))
     wanted = [index for index, i in enumerate(requests["request_id"].to_pylist()) if i not in done]
@@ -54,11 +52,11 @@ def run_batches(
         check_room("inference", config.cpus_per_worker, _gpus(config, gpus_per_worker))
         _serve(requests.take(wanted), folder, stage, arguments, config, gpus_per_worker)
     tables = storage.read_finished(folder)
-    found = sum(table.num_rows for table in tables)
-    if found < requests.num_rows:
-        raise StageFailed(
-            f"{found} of {requests.num_rows} requests were answered; give the same command again"
-        )
+    found = [i for table in tables for i in table["request_id"].to_pylist()]
+    if len(found) > len(set(found)):
+        raise StageFailed(f"{len(found) - len(set(found))} requests were answered twice; remove {folder}")
+    if len(found) < requests.num_rows:
+        raise StageFailed(f"{len(found)} of {requests.num_rows} requests were answered; give the same command again")
     return tables
 
 
@@ -116,9 +114,7 @@ def _serve(
     )
 
 
-def wait_for(
-    work: Callable[[], Any], progress: Callable[[], int], what: str, start_s: float, step_s: float
-) -> Any:
+def wait_for(work: Callable[[], Any], progress: Callable[[], int], what: str, start_s: float, step_s: float) -> Any:
     """Run `work` in a thread and give up when `progress` stands still for too long.
 
     Raises:

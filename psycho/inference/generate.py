@@ -26,9 +26,7 @@ class GenerateBatch:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows: list[dict[str, Any]] = []
-        for model, group in groupby(
-            sorted(batch.to_pylist(), key=lambda r: r["model"]), key=lambda r: r["model"]
-        ):
+        for model, group in groupby(sorted(batch.to_pylist(), key=lambda r: r["model"]), key=lambda r: r["model"]):
             requests = list(group)
             self._worker.use(self._models[model])
             answers = self._worker.generate(

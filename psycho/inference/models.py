@@ -10,11 +10,13 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from psycho import storage
 from psycho.errors import BadInput
 
 _IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_DECISIVE = ("_token", "chat_template")  # of tokenizer_config.json: what changes a prompt or its end
 
 
 def cache_root() -> Path:
@@ -24,12 +26,7 @@ def cache_root() -> Path:
 
 def looks_like_path(model: str) -> bool:
     """True for anything that is not a hub id (`name` or `owner/name`)."""
-    return (
-        storage.is_remote(model)
-        or model.startswith((".", "/", "~"))
-        or model.count("/") > 1
-        or Path(model).exists()
-    )
+    return storage.is_remote(model) or model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
 
 
 def check_model(model: str, needs_chat_template: bool = True) -> None:
@@ -45,6 +42,7 @@ def check_model(model: str, needs_chat_template: bool = True) -> None:
         raise BadInput(f"model {model} does not exist; give a folder or a hub id (owner/name)")
     if not (folder / "config.json").is_file():
         raise BadInput(f"model folder {model} has no config.json; give a Hugging Face model folder")
+    _settings(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise BadInput(f"model folder {model} has no .safetensors weights; convert them first")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -56,8 +54,21 @@ def check_model(model: str, needs_chat_template: bool = True) -> None:
 def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
-    settings = folder / "tokenizer_config.json"
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    return bool(_settings(folder / "tokenizer_config.json").get("chat_template"))
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """A JSON file of a model folder; empty where there is none.
+
+    Raises:
+        BadInput: the file is not a JSON object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise BadInput(f"{file} is not a JSON object; download or save the model again") from None
 
 
 def fingerprint(model: str) -> str:
@@ -74,11 +85,11 @@ def engine_signature(model: str) -> str:
     folder = Path(model)
     if not (folder / "config.json").is_file():
         return model
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for key in _IGNORED:
-        config.pop(key, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+    config = {k: v for k, v in _settings(folder / "config.json").items() if k not in _IGNORED}
+    tokenizer = {k: v for k, v in _settings(folder / "tokenizer_config.json").items() if k.endswith(_DECISIVE)}
+    stops = _settings(folder / "generation_config.json").get("eos_token_id")
+    digest = hashlib.sha256(json.dumps([config, tokenizer, stops], sort_keys=True).encode())
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "chat_template.json"):
         if (folder / name).is_file():
             digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]

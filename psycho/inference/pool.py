@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from psycho.config import Config, EngineConfig, InferenceConfig, JudgeConfig, SamplingConfig
+from psycho.config import InferenceConfig, JudgeConfig, SamplingConfig
 from psycho.errors import StageFailed, WaitTimedOut
 from psycho.inference.batch import check_room
 from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
@@ -49,18 +49,21 @@ class _PoolWorker(VLLMWorker):
 class WorkerPool:
     """`inference.workers` actors; use as a context manager, so that they end with the block."""
 
-    def __init__(
-        self, config: InferenceConfig, seed: int, engine: EngineConfig | None = None, verbose: bool = False
-    ):
-        check_room("inference", config.cpus_per_worker, config.gpus_per_worker)
-        spec = EngineSpec(engine or config.engine, seed, config.env, verbose)
+    def __init__(self, config: InferenceConfig, seed: int, judge: JudgeConfig | None = None, verbose: bool = False):
+        """`judge`: the pool also judges, so its workers take the judge's engine and GPUs where it names its own."""
+        engine, gpus = config.engine, config.gpus_per_worker
+        if judge is not None:
+            engine = judge.engine or engine
+            gpus = gpus if judge.gpus_per_worker is None else judge.gpus_per_worker
+        check_room("inference", config.cpus_per_worker, gpus)
+        spec = EngineSpec(engine, seed, config.env, verbose)
         actor = ray.remote(_PoolWorker).options(
             num_cpus=config.cpus_per_worker,
-            num_gpus=config.gpus_per_worker or None,
+            num_gpus=gpus or None,
             runtime_env={"env_vars": dict(config.env)} if config.env else None,
         )
         self._config = config
-        self._actors = [actor.remote(spec) for _ in range(config.workers)]
+        self._actors: list[Any] = [actor.remote(spec) for _ in range(config.workers)]
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -81,9 +84,7 @@ class WorkerPool:
         return self._map(
             "sampling",
             len(conversations),
-            lambda actor, a, b: actor.sample.remote(
-                model, list(conversations[a:b]), list(seeds[a:b]), sampling
-            ),
+            lambda actor, a, b: actor.sample.remote(model, list(conversations[a:b]), list(seeds[a:b]), sampling),
             reporter,
         )
 
@@ -130,9 +131,7 @@ class WorkerPool:
             reporter,
         )
 
-    def _map(
-        self, what: str, count: int, send: Callable[[Any, int, int], Any], reporter: Reporter | None
-    ) -> list[Any]:
+    def _map(self, what: str, count: int, send: Callable[[Any, int, int], Any], reporter: Reporter | None) -> list[Any]:
         """Hand chunks to whichever worker is free and put the answers in order."""
         size = max(1, min(self._config.batch_size, -(-count // len(self._actors))))
         chunks = [(start, min(start + size, count)) for start in range(0, count, size)]
@@ -154,9 +153,7 @@ class WorkerPool:
                 try:
                     answers[start] = ray.get(reference)
                 except ray.exceptions.RayActorError as error:
-                    raise StageFailed(
-                        f"a vLLM worker died while {what}; give the same command again"
-                    ) from error
+                    raise StageFailed(f"a vLLM worker died while {what}; give the same command again") from error
                 free.append(actor)
                 if reporter:
                     reporter.add(len(answers[start]), _tokens(answers[start]))
@@ -165,8 +162,3 @@ class WorkerPool:
 
 def _tokens(answers: list[Any]) -> int:
     return sum(a.output_tokens for a in answers if isinstance(a, Completion))
-
-
-def judge_engine(config: Config, judge: JudgeConfig) -> EngineConfig:
-    """The engine a judge runs on."""
-    return judge.engine or config.inference.engine

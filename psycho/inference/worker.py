@@ -110,9 +110,7 @@ class VLLMWorker:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False).input_ids
             if len(ids) >= limit:
-                done[index] = Completion(
-                    error=f"prompt of {len(ids)} tokens is over the model's limit of {limit}"
-                )
+                done[index] = Completion(error=f"prompt of {len(ids)} tokens is over the model's limit of {limit}")
                 continue
             structured = StructuredOutputsParams(json=schema) if schema else None
             params.append(

@@ -59,9 +59,7 @@ def rate_pairs(
         if ratings is None:
             results.append(None)
             continue
-        first, second = (
-            _floor(r) if _under_floor(judge, completion, side) else r for side, r in enumerate(ratings)
-        )
+        first, second = (_floor(r) if _under_floor(judge, completion, side) else r for side, r in enumerate(ratings))
         results.append((first, second))
     return results
 
@@ -81,16 +79,12 @@ def _ask(
     first = worker.generate(prompts, seeds, sampling, schema, wanted_spans)
     found: list[T | None] = [parse(c.text) if c.error is None else None for c in first]
     attempts = [1] * len(prompts)
-    sampling = SamplingConfig(
-        temperature=max(judge.temperature, _RETRY_TEMPERATURE), max_tokens=judge.max_tokens
-    )
+    sampling = SamplingConfig(temperature=max(judge.temperature, _RETRY_TEMPERATURE), max_tokens=judge.max_tokens)
     for retry in range(1, judge.retries + 1):
         failed = [i for i, value in enumerate(found) if value is None and first[i].error is None]
         if not failed:
             break
-        again = worker.generate(
-            [prompts[i] for i in failed], [seeds[i] + retry for i in failed], sampling, schema
-        )
+        again = worker.generate([prompts[i] for i in failed], [seeds[i] + retry for i in failed], sampling, schema)
         for index, completion in zip(failed, again, strict=True):
             attempts[index] += 1
             found[index] = parse(completion.text)

@@ -22,9 +22,7 @@ seven principles, each from {MIN_RATING} to {MAX_RATING}:
 {rubric()}
 For each principle first quote, in a few words, the evidence in the client's words and in the response ("none" where \
 there is none), then rate."""
-_SINGLE = (
-    "Rate the response. Answer in JSON: an object with a key per principle, each with evidence and rating."
-)
+_SINGLE = "Rate the response. Answer in JSON: an object with a key per principle, each with evidence and rating."
 _PAIR = (
     "Rate both responses. Answer in JSON: the keys first and second, each an object with a key per principle, "
     "each with evidence and rating."
@@ -117,7 +115,7 @@ def parse_pair(text: str) -> tuple[Rating, Rating] | None:
 def _loads(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

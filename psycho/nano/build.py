@@ -84,9 +84,7 @@ def build(config: NanoConfig, training: TrainingConfig, progress: Progress) -> i
     try:
         aside.mkdir(parents=True)
     except OSError as error:
-        raise BadInput(
-            f"the cache {target.parent} cannot be written ({error.strerror}); set PSYCHO_CACHE"
-        ) from None
+        raise BadInput(f"the cache {target.parent} cannot be written ({error.strerror}); set PSYCHO_CACHE") from None
     try:
         _fresh(aside / "init", config.seed)
         jobs = list(_jobs(aside, config))
@@ -105,9 +103,7 @@ def build(config: NanoConfig, training: TrainingConfig, progress: Progress) -> i
 
 def nano_training(training: TrainingConfig) -> TrainingConfig:
     """The training section for the nano models: its workers and device, in single precision."""
-    return training.model_copy(
-        update={"precision": "fp32", "max_length": MAX_LENGTH, "gradient_checkpointing": False}
-    )
+    return training.model_copy(update={"precision": "fp32", "max_length": MAX_LENGTH, "gradient_checkpointing": False})
 
 
 def _fresh(folder: Path, seed: int) -> None:
@@ -186,7 +182,5 @@ def speeches(config: NanoConfig, train_count: int, evaluation_count: int, seed: 
         while len(found) < wanted:
             speech = sample_speech(rng, held_out_combinations=held_out)
             key = stable_id("speech", speech.text)
-            found.setdefault(
-                key, {"speech_id": key, "question": speech.text, "split": split, "topic": speech.topic}
-            )
+            found.setdefault(key, {"speech_id": key, "question": speech.text, "split": split, "topic": speech.topic})
     return list(found.values())

@@ -63,9 +63,7 @@ def check(
         Gate(f"judge on grammar, 10 % corrupted: {stem}", value, PRINCIPLE_GATE, result["n"])
         for stem, value in result["correlation_gold"].items()
     ]
-    gates.append(
-        Gate("judge: pair agreement at gap >= 1", result["pair_agreement_gold"], PAIR_GATE, result["pairs"])
-    )
+    gates.append(Gate("judge: pair agreement at gap >= 1", result["pair_agreement_gold"], PAIR_GATE, result["pairs"]))
     details: dict[str, Any] = {"grammar": result, "policies": {}}
     own: list[tuple[NanoSpeech, str]] = []
     for name in policies:

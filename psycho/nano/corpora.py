@@ -78,9 +78,7 @@ def _misheard(rng: random.Random, speech: NanoSpeech) -> NanoSpeech:
     return replace(speech, feeling=feeling, key=key)
 
 
-def judged_reply(
-    rng: random.Random, speech: NanoSpeech, corrupted_share: float
-) -> tuple[str, dict[str, Any]]:
+def judged_reply(rng: random.Random, speech: NanoSpeech, corrupted_share: float) -> tuple[str, dict[str, Any]]:
     """A reply of any quality, sometimes corrupted, and the answer a perfect judge gives."""
     style = rng.choice(("any", "any", "base", "good", "rambling"))
     reply = sample_response(rng, _misheard(rng, speech), style)

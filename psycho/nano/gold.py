@@ -67,11 +67,7 @@ def speech_sentences() -> dict[str, SpeechSentence]:
     """Every sentence a client can say, and what it says."""
     bank = load_bank("speeches")
     return (
-        {
-            t.format(phrase=s.phrase): SpeechSentence("opening", s)
-            for t in bank["opening"]
-            for s in situations()
-        }
+        {t.format(phrase=s.phrase): SpeechSentence("opening", s) for t in bank["opening"] for s in situations()}
         | {
             t["text"].format(feeling=f, duration=d): SpeechSentence("feeling", feeling=f, lead=t["lead"])
             for t in bank["feeling"]
@@ -102,9 +98,7 @@ def parse_speech(text: str) -> NanoSpeech | None:
         felt, opening, change = parts[:3]
     else:
         return None
-    return NanoSpeech(
-        text, **vars(opening.situation), feeling=felt.feeling, stage=change.stage, stage_cue=change.cue
-    )
+    return NanoSpeech(text, **vars(opening.situation), feeling=felt.feeling, stage=change.stage, stage_cue=change.cue)
 
 
 def rate(speech: NanoSpeech, response: str) -> GoldRating:

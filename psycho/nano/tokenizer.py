@@ -51,9 +51,7 @@ def build_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenize
     tokenizer = Tokenizer(models.Unigram(scored, unk_id=known[UNKNOWN], byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(Regex(" "), _SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"(?<=[.?!])(?={_SPACE})"), "isolated")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(list(SPECIAL))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

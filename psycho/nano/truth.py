@@ -25,9 +25,7 @@ def gold_ratings(items: Sequence[tuple[str, str]]) -> list[gold.GoldRating] | No
     return rated
 
 
-def judge_against_gold(
-    rows: Sequence[Row], truth: Sequence[gold.GoldRating], min_gap: float = 1.0
-) -> dict[str, Any]:
+def judge_against_gold(rows: Sequence[Row], truth: Sequence[gold.GoldRating], min_gap: float = 1.0) -> dict[str, Any]:
     """Correlation of the judge with gold per principle and overall, and agreement on pairs of one speech.
 
     Args:
@@ -35,8 +33,7 @@ def judge_against_gold(
         min_gap: pairs count from this gold gap on.
     """
     correlations = {
-        stem: correlation([row[f"{stem}_rating"] for row in rows], [g.ratings[stem] for g in truth])
-        for stem in STEMS
+        stem: correlation([row[f"{stem}_rating"] for row in rows], [g.ratings[stem] for g in truth]) for stem in STEMS
     }
     judged, known = [row["overall"] for row in rows], [g.overall for g in truth]
     correlations["overall"] = correlation(judged, known)

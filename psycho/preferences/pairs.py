@@ -19,9 +19,7 @@ Row = Mapping[str, Any]
 _EPSILON = 1e-9  # overall ratings are means of seven integers
 
 
-def train_pairs(
-    responses: Sequence[Row], config: PairsConfig
-) -> tuple[list[tuple[Row, Row]], list[dict[str, Any]]]:
+def train_pairs(responses: Sequence[Row], config: PairsConfig) -> tuple[list[tuple[Row, Row]], list[dict[str, Any]]]:
     """(chosen, rejected) of one speech, widest gap first, and the candidates left out with their reasons."""
     kept, dropped = [], []
     for one, other in combinations(responses, 2):
@@ -45,9 +43,7 @@ def train_pairs(
     return kept, dropped
 
 
-def test_pair(
-    responses: Sequence[Row], config: PairsConfig
-) -> tuple[tuple[Row, Row] | None, list[dict[str, Any]]]:
+def test_pair(responses: Sequence[Row], config: PairsConfig) -> tuple[tuple[Row, Row] | None, list[dict[str, Any]]]:
     """The best against the worst response of one speech; None, with a reason, where they tie."""
     if len(responses) < 2:
         return None, []

@@ -68,7 +68,7 @@ def build_app(config: Config, policy: str, reward: str) -> serve.Application:
         key_digest=_key(serving.api_key_env),
     )
     resources = {"num_cpus": inference.cpus_per_worker, "num_gpus": inference.gpus_per_worker}
-    engine = {
+    engine: dict[str, Any] = {
         "ray_actor_options": resources,
         "max_ongoing_requests": serving.max_ongoing_requests + _SPARE,
         # The gateway counts its queue exactly; this one is the net below it.
@@ -79,17 +79,16 @@ def build_app(config: Config, policy: str, reward: str) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 2,
     }
-    policies = serve.deployment(PolicyServer, name="PolicyServer", num_replicas=serving.replicas, **engine)
-    rewards = serve.deployment(RewardServer, name="RewardServer", num_replicas=1, **engine)
+    policies = serve.deployment(name="PolicyServer", num_replicas=serving.replicas, **engine)(PolicyServer)
+    rewards = serve.deployment(name="RewardServer", num_replicas=1, **engine)(RewardServer)
     gateway = serve.deployment(
-        Gateway,
         name="Gateway",
         num_replicas=1,  # it counts admissions
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * (settings.policy_slots + serving.max_queued_requests) + 64,
         graceful_shutdown_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.5,
-    )
+    )(Gateway)
     return gateway.bind(
         settings,
         policies.bind(policy, inference, config.seed),
@@ -108,16 +107,14 @@ def start(config: Config, policy: str, reward: str) -> str:
     serving = config.serving
     deadline = time.monotonic() + serving.start_timeout_s
     app = build_app(config, policy, reward)
-    _check_port(serving.host, serving.port)
+    check_port(serving.host, serving.port)
     try:
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=serving.host, port=serving.port),
         )
         target = serve.RunTarget(app, name=APP, route_prefix="/")
-        serve.run_many(
-            [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
-        )
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         _wait_until_running(deadline, serving.start_timeout_s)
         url = base_url(serving.host, serving.port)
         _wait_until_healthy(url, deadline, serving.start_timeout_s)
@@ -156,7 +153,7 @@ def _wait_until_running(deadline: float, seconds: float) -> None:
         if status is not None and status.status == ApplicationStatus.RUNNING:
             return
         if status is not None and status.status in _FAILED:
-            raise StageFailed(f"the application did not start: {_reason(status)}")
+            raise StageFailed(f"the application did not start (-v shows the engines' logs): {_reason(status)}")
         if time.monotonic() > deadline:
             deployments = status.deployments if status else {}
             waiting = sorted(name for name, one in deployments.items() if one.status != "HEALTHY")
@@ -184,15 +181,18 @@ def _wait_until_healthy(url: str, deadline: float, seconds: float) -> None:
         time.sleep(_POLL_S)
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """See that a server can listen there.
+
+    Raises:
+        BadInput: the port is taken or the address is not this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise BadInput(
-                f"port {port} of {host} is in use; choose another with --set serving.port=..."
-            ) from None
+            raise BadInput(f"port {port} of {host} is in use; choose another with --set serving.port=...") from None
         raise BadInput(
             f"cannot listen on port {port} of {host} ({error.strerror or type(error).__name__}); "
             "set serving.host and serving.port"
@@ -217,9 +217,7 @@ def _key(variable: str | None) -> bytes | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise BadInput(
-            f"the environment variable {variable} named by serving.api_key_env is empty; put the key in it"
-        )
+        raise BadInput(f"the environment variable {variable} named by serving.api_key_env is empty; put the key in it")
     return digest(key)
 
 

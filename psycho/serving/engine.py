@@ -2,8 +2,8 @@
 
 Each replica holds one `AsyncLLM` with continuous batching. Prompts are rendered and tokenized exactly as the
 batch worker does it (`psycho/inference/worker.py`), so that served equals offline. A request that cannot be
-served comes back as `Refused`, as a value: exceptions would land, with whatever text they carry, in Serve's logs.
-When the engine itself dies the replica's process ends, and Serve starts a fresh one.
+served comes back as `Refused`, as a value: exceptions would land, with whatever text they carry, in Serve's
+logs. When the engine itself dies the replica's process ends, and Serve starts a fresh one.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class _Server:
 
         folder = local_copy(model, cache_root() / "models") if is_remote(model) else model
         arguments = engine_arguments(inference.engine, runner, seed)
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(model=folder, enable_log_requests=False, **arguments)
-        )
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=folder, enable_log_requests=False, **arguments))
         self._tokenizer = self._engine.get_tokenizer()
         self._limit = self._engine.model_config.max_model_len
         self._ongoing = self._aborted = 0

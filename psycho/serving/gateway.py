@@ -63,7 +63,7 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 def build_api(settings: Settings, policy: Any, reward: Any) -> ASGIApp:
@@ -105,9 +105,7 @@ def build_api(settings: Settings, policy: Any, reward: Any) -> ASGIApp:
         """200 when both engines are up and answer."""
         until = asyncio.get_running_loop().time() + _HEALTH_TIMEOUT_S
         names = ("policy", "reward")
-        found = await asyncio.gather(
-            *(ask(handle, until) for handle in (policy, reward)), return_exceptions=True
-        )
+        found = await asyncio.gather(*(ask(handle, until) for handle in (policy, reward)), return_exceptions=True)
         engines = {
             name: {"ready": False} if isinstance(result, BaseException) else {"ready": True, **result}
             for name, result in zip(names, found, strict=True)

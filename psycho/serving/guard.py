@@ -53,9 +53,7 @@ class Guard:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             given = hashlib.sha256(key.strip()).digest()
             if not hmac.compare_digest(given, self._key) or scheme.lower() != b"bearer":
-                raise ApiError(
-                    401, "a valid key is needed: send Authorization: Bearer <key>", "invalid_api_key"
-                )
+                raise ApiError(401, "a valid key is needed: send Authorization: Bearer <key>", "invalid_api_key")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
             raise ApiError(413, f"the body is over {MAX_BODY_BYTES} bytes; send less at once")

@@ -110,8 +110,9 @@ class Message(_Request):
     def _text(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return "" if value is None else value
-        texts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
-        if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
+        parts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [text for text in parts if isinstance(text, str)]
+        if len(texts) != len(value):
             raise ValueError("only text parts are served")
         return "".join(texts)
 
@@ -130,9 +131,7 @@ class ChatRequest(_Request):
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    max_tokens: int | None = Field(
-        None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
-    )
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | list[Text] | None = None
     stream: bool | None = None

@@ -12,14 +12,12 @@ from psycho.errors import BadInput
 from psycho.schema import stable_id
 from psycho.speeches.read import RawSpeech
 
-_QUOTES = str.maketrans(
-    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " ", "\ufeff": ""}
-)
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " ", "\ufeff": ""})
 
 
 def clean_text(text: str) -> str:
     """Entities decoded, typographic quotes made plain, white space collapsed, Unicode composed (NFC)."""
-    plain = unicodedata.normalize("NFC", html.unescape(text)).translate(_QUOTES)
+    plain = unicodedata.normalize("NFC", html.unescape(text).translate(_QUOTES))
     return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in plain).split())
 
 
@@ -78,6 +76,4 @@ def split_speeches(speeches: list[dict[str, str]], config: SpeechesConfig, seed:
         )
     order = sorted(speeches, key=lambda speech: stable_id("split", seed, speech["speech_id"]))
     chosen = {speech["speech_id"] for speech in order[:held_out]}
-    return [
-        s | {"split": "evaluation" if s["speech_id"] in chosen else "train", "topic": ""} for s in speeches
-    ]
+    return [s | {"split": "evaluation" if s["speech_id"] in chosen else "train", "topic": ""} for s in speeches]

@@ -33,13 +33,10 @@ def read_speeches(config: SpeechesConfig) -> Iterator[RawSpeech]:
         raise BadInput(f"speeches.source {config.source} does not exist; give a CSV, JSONL or Parquet file")
     if path.is_dir():
         raise BadInput(f"speeches.source {config.source} is a folder; give a CSV, JSONL or Parquet file")
-    reader = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}.get(
-        path.suffix.lower()
-    )
+    reader = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}.get(path.suffix.lower())
     if reader is None:
-        raise BadInput(
-            f"speeches.source {config.source} ends in {path.suffix!r}; give .csv, .jsonl or .parquet"
-        )
+        raise BadInput(f"speeches.source {config.source} ends in {path.suffix!r}; give .csv, .jsonl or .parquet")
+    number = 0
     try:
         for number, row in enumerate(reader(path, config), start=1):
             yield (
@@ -47,30 +44,30 @@ def read_speeches(config: SpeechesConfig) -> Iterator[RawSpeech]:
                 _text(row, config.text_column),
                 _text(row, config.id_column) if config.id_column else None,
             )
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{config.source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{config.source} is not UTF-8 (after row {number}); save it as UTF-8") from None
     except PermissionError:
         raise BadInput(f"{config.source} cannot be read (permission denied); check its mode") from None
 
 
 def _text(row: Mapping[str, Any] | None, column: str) -> str | None:
     value = row.get(column) if row is not None else None
-    return value if isinstance(value, str) else (str(value) if isinstance(value, int) else None)
+    if not isinstance(value, str | int):
+        return None
+    return str(value).encode(errors="replace").decode()  # JSON may hold half a surrogate pair
 
 
 def _csv(path: Path, config: SpeechesConfig) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(_MAX_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames is None:
+        if not reader.fieldnames:
             raise BadInput(f"{config.source} is empty; give a file with a header and rows")
         _check_columns(list(reader.fieldnames), config)
         try:
             yield from reader
         except csv.Error as error:
-            raise BadInput(
-                f"{config.source} line {reader.line_num} is not CSV ({error}); put it right"
-            ) from None
+            raise BadInput(f"{config.source} line {reader.line_num} is not CSV ({error}); put it right") from None
 
 
 def _jsonl(path: Path, config: SpeechesConfig) -> Iterator[Mapping[str, Any] | None]:
@@ -81,7 +78,7 @@ def _jsonl(path: Path, config: SpeechesConfig) -> Iterator[Mapping[str, Any] | N
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict) and not checked:
                 _check_columns(list(row), config)
@@ -90,20 +87,28 @@ def _jsonl(path: Path, config: SpeechesConfig) -> Iterator[Mapping[str, Any] | N
 
 
 def _parquet(path: Path, config: SpeechesConfig) -> Iterator[Mapping[str, Any]]:
+    wanted = [name for name in (config.text_column, config.id_column) if name]
     try:
         file = pq.ParquetFile(path)
+        _check_columns(file.schema_arrow.names, config)
+        for batch in file.iter_batches(columns=wanted):
+            yield from batch.to_pylist()
+    except PermissionError:
+        raise
     except (pa.ArrowInvalid, OSError):
         raise BadInput(f"{config.source} is not a Parquet file or is cut short; write it again") from None
-    _check_columns(file.schema_arrow.names, config)
-    wanted = [name for name in (config.text_column, config.id_column) if name]
-    for batch in file.iter_batches(columns=wanted):
-        yield from batch.to_pylist()
 
 
 def _check_columns(found: list[str], config: SpeechesConfig) -> None:
     for setting, column in (("text_column", config.text_column), ("id_column", config.id_column)):
         if column and column not in found:
             raise BadInput(
-                f"{config.source} has no column {column}; its columns are {', '.join(found[:20])}: "
+                f"{config.source} has no column {column}; its columns are {', '.join(map(_shown, found[:20]))}: "
                 f"set speeches.{setting}"
             )
+
+
+def _shown(name: str) -> str:
+    """A column's name, unless it looks like text: the first row of a file without a header is a client's speech."""
+    plain = len(name) <= 40 and len(name.split()) <= 3 and name.isprintable()
+    return name if plain else f"({len(name)} characters; is the header missing?)"

@@ -37,9 +37,7 @@ def encode(tokenizer: Any, prompt: Messages, response: str, prompt_weight: float
     )
 
 
-def encode_conversation(
-    tokenizer: Any, messages: Messages, other_weight: float = 0.0, last: bool = False
-) -> Encoded:
+def encode_conversation(tokenizer: Any, messages: Messages, other_weight: float = 0.0, last: bool = False) -> Encoded:
     """A conversation; assistant turns (or only the `last`) weigh 1, all other tokens `other_weight`.
 
     Raises:

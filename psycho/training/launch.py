@@ -7,6 +7,7 @@ small model.
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from psycho import storage
 from psycho.config import LoopConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
 from psycho.progress import Reporter
+
+
+_LOST_CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,7 @@ class TrainJob:
     name: str = ""
 
 
-def train(
-    jobs: Sequence[TrainJob], training: TrainingConfig, reporter: Reporter | None, storage_path: str
-) -> None:
+def train(jobs: Sequence[TrainJob], training: TrainingConfig, reporter: Reporter | None, storage_path: str) -> None:
     """Run trainings one after the other in one worker group.
 
     Raises:
@@ -92,18 +94,21 @@ def launch(
         run_config=RunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=storage_path,
-            failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": _environment(training)},
+            # Without the second limit, Ray Train asks for workers that do not come again and again, for ever.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            worker_runtime_env={"env_vars": _environment(training)},  # type: ignore[call-arg]  # of Ray Train V2
         ),
     )
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(training.start_timeout_s)
     try:
         trainer.fit()
     except Exception as error:
         from psycho.job import explain
 
-        sentence = explain(error)
-        if sentence:
-            raise BadInput(sentence) from error
+        for cause in (*_failures(error), error):
+            sentence = explain(cause)
+            if sentence:
+                raise BadInput(sentence) from error
         raise StageFailed(f"training failed: {_cause(error)}") from error
     finally:
         storage.remove(storage_path)
@@ -117,11 +122,7 @@ def read_history(folder: str) -> list[dict[str, float]]:
 
 def read_rows(folder: str) -> list[dict[str, Any]]:
     """All rows of a Parquet folder, in order of file and row."""
-    return [
-        row
-        for fs, path in storage.parquet_files(folder)
-        for row in pq.read_table(path, filesystem=fs).to_pylist()
-    ]
+    return [row for fs, path in storage.parquet_files(folder) for row in pq.read_table(path, filesystem=fs).to_pylist()]
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -156,11 +157,20 @@ def _environment(training: TrainingConfig) -> dict[str, str]:
 
 def _autoscales() -> bool:
     """True where nodes may come later, so that what is missing now is no reason to refuse."""
-    import os
-
     return os.environ.get("RAY_ADDRESS") is not None and os.environ.get("PSYCHO_AUTOSCALED") == "1"
 
 
+def _failures(error: BaseException) -> list[BaseException]:
+    """What went wrong on the ranks; when one fails the others lose their connection to it, so those come last."""
+    by_rank: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    failures = [failure for _, failure in sorted(by_rank.items())]
+    return sorted(failures, key=lambda failure: any(word in str(failure).lower() for word in _LOST_CONNECTION))
+
+
 def _cause(error: BaseException) -> str:
+    failures = _failures(error)
+    if failures:
+        first = next((line.strip() for line in str(failures[0]).splitlines() if line.strip()), "")
+        return f"{type(failures[0]).__name__}: {first}"[:300]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,21 +27,16 @@ from psycho.training.objectives import DPO, OBJECTIVES, Row
 from psycho.training.plan import learning_rate, micro_steps, plan_epoch
 
 OnStep = Callable[[int, int, dict[str, float]], None]
-_REFERENCE_BATCH = 32
 
 
 class Trainer:
     """A model in training: `fit` as often as there are rounds, `save` in between."""
 
-    def __init__(
-        self, kind: str, model: str, settings: LoopConfig, training: TrainingConfig, seed: int
-    ) -> None:
+    def __init__(self, kind: str, model: str, settings: LoopConfig, training: TrainingConfig, seed: int) -> None:
         _seed(seed)
         self.settings, self.training = settings, training
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device(
-            "cpu" if training.device == "cpu" else f"cuda:{torch.cuda.current_device()}"
-        )
+        self.device = torch.device("cpu" if training.device == "cpu" else f"cuda:{torch.cuda.current_device()}")
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -48,7 +44,7 @@ class Trainer:
         dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
         module = self.objective.load(model, dtype)
         if training.gradient_checkpointing:
-            module.gradient_checkpointing_enable()
+            module.gradient_checkpointing_enable()  # type: ignore[operator]
         self._accumulate = micro_steps(settings.batch_size, self.world, settings.micro_batch_size)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -132,9 +128,8 @@ class Trainer:
         """Reference log-probabilities by the model as it stands, each computed once, by one rank."""
         assert isinstance(self.objective, DPO)
         order = sorted(range(len(examples)), key=lambda index: length(examples[index]))
-        batches = [
-            order[first : first + _REFERENCE_BATCH] for first in range(0, len(order), _REFERENCE_BATCH)
-        ]
+        size = self.engine.train_micro_batch_size_per_gpu()  # what fits in training fits here
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
         found: dict[int, tuple[float, float]] = {}
         self.engine.eval()
         with torch.no_grad():
@@ -205,8 +200,10 @@ def _seed(seed: int) -> None:
 
 
 def setup_worker(training: TrainingConfig) -> None:
-    """Threads and the process group, once per worker; Ray Train has made the group."""
+    """Environment, threads and the process group, once per worker; Ray Train has made the group."""
     os.environ.update(training.env)
+    # DeepSpeed builds its CPU op on first use and looks for ninja, which comes with the environment, on the PATH.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if training.threads_per_worker:
         torch.set_num_threads(training.threads_per_worker)
     deepspeed.init_distributed(dist_backend=None, verbose=False)

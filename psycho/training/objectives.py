@@ -60,9 +60,7 @@ class SFT(Objective):
     settings: SFTConfig
 
     def example(self, row: Row) -> Encoded:
-        return encode_conversation(
-            self.tokenizer, json.loads(row["messages"]), self.settings.prompt_loss_weight
-        )
+        return encode_conversation(self.tokenizer, json.loads(row["messages"]), self.settings.prompt_loss_weight)
 
     def weight(self, example: Encoded) -> float:
         return sum(example.weights[1:])
@@ -79,11 +77,7 @@ class _Pairs(Objective):
     settings: LoopConfig
 
     def example(self, row: Row) -> Pair:
-        prompt = (
-            json.loads(row["messages"])
-            if row.get("messages")
-            else [{"role": "user", "content": row["question"]}]
-        )
+        prompt = json.loads(row["messages"]) if row.get("messages") else [{"role": "user", "content": row["question"]}]
         chosen = encode(self.tokenizer, prompt, row["chosen"])
         rejected = encode(self.tokenizer, prompt, row["rejected"])
         return Pair(chosen, rejected)
@@ -100,8 +94,18 @@ class Reward(_Pairs):
 
     def load(self, path: str, dtype: torch.dtype) -> nn.Module:
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        model.config.pad_token_id = self._padding()
         return model
+
+    def _padding(self) -> int:
+        """A pad token that no conversation ends with: the model reads its logit at the last token that is not padding,
+        and where padding is the end-of-turn token, that would be the token before it."""
+        end = encode(self.tokenizer, [{"role": "user", "content": "a"}], "b").ids[-1]
+        if self.tokenizer.pad_token_id == end:
+            others = (self.tokenizer.bos_token, self.tokenizer.unk_token, *self.tokenizer.all_special_tokens)
+            ends = self.tokenizer.convert_ids_to_tokens(end)
+            self.tokenizer.pad_token = next(token for token in others if token and token != ends)
+        return self.tokenizer.pad_token_id
 
     def sums(self, model: nn.Module, examples: Sequence[Pair]) -> tuple[Tensor, Sums]:
         ids = self._ids(self._both(examples))

@@ -38,9 +38,7 @@ class Rollout:
     """Model folder of the reward model or the judge."""
     reporter: Reporter | None = None
 
-    def __call__(
-        self, policy: str, number: int, speeches: Sequence[Mapping[str, str]]
-    ) -> tuple[list[Row], Row]:
+    def __call__(self, policy: str, number: int, speeches: Sequence[Mapping[str, str]]) -> tuple[list[Row], Row]:
         """Pairs (`messages`, `chosen`, `rejected`) of one round, and what to report of it."""
         online, seed = self.config.online, self.config.seed
         k = online.samples_per_speech
@@ -115,9 +113,7 @@ def best_against_worst(
     return pairs
 
 
-def round_speeches(
-    speeches: Sequence[Mapping[str, str]], online: OnlineConfig, seed: int, number: int
-) -> list[Any]:
+def round_speeches(speeches: Sequence[Mapping[str, str]], online: OnlineConfig, seed: int, number: int) -> list[Any]:
     """The speeches of one round, drawn without replacement by seed and round."""
     order = sorted(speeches, key=lambda speech: stable_id("round", seed, number, speech["speech_id"]))
     return list(order[: online.speeches_per_round])
@@ -159,9 +155,7 @@ def online_worker(config: dict[str, Any]) -> None:
             if rollout.reporter and trainer.rank == 0:
                 rollout.reporter.add(rows, tokens, f"round {round_ + 1} loss {statistics['loss']:.3f}")
 
-        history += [
-            row | {"round": number} for row in trainer.fit(examples, config["seed"] + number, on_step)
-        ]
+        history += [row | {"round": number} for row in trainer.fit(examples, config["seed"] + number, on_step)]
         policy = str(work / f"policy-{number}")
         trainer.save(policy)
     if trainer.rank == 0:

@@ -58,9 +58,7 @@ def test_swapping_chosen_and_rejected_mirrors_accuracy_and_auc(margins: list[flo
 def test_a_tie_counts_half() -> None:
     assert metrics.accuracy([0.0, 0.0, 3.0, -1.0], list("abcd")).rate == 0.5
     assert metrics.accuracy([0.0, 1.0], list("ab")).rate == 0.75
-    assert metrics.reliability([0.0]) == [
-        {"low": 0.5, "high": 0.6, "confidence": 0.5, "accuracy": 0.5, "n": 1}
-    ]
+    assert metrics.reliability([0.0]) == [{"low": 0.5, "high": 0.6, "confidence": 0.5, "accuracy": 0.5, "n": 1}]
 
 
 @pytest.mark.parametrize("n_bins", [2, 10, 20])
@@ -147,9 +145,7 @@ def test_one_speech_says_nothing_about_the_spread() -> None:
 def test_audit_has_exactly_its_keys_and_ignores_the_order_of_pairs() -> None:
     margins, ids = margins_of(3), np.arange(300) // 3
     audit = metrics.audit_reward_margins(margins, ids, seed=1)
-    assert list(audit) == [
-        *("n", "accuracy", "auc", "ece", "brier", "accuracy_low", "accuracy_high", "reliability")
-    ]
+    assert list(audit) == [*("n", "accuracy", "auc", "ece", "brier", "accuracy_low", "accuracy_high", "reliability")]
     assert audit["n"] == 300
     assert audit["accuracy"] == pytest.approx(((margins > 0) + 0.5 * (margins == 0)).mean())
     assert audit["auc"] == metrics.auc(margins)

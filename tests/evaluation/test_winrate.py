@@ -199,9 +199,7 @@ def test_paired_difference_covers_and_gains_from_pairing() -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2, st.integers(0, 6)), min_size=1, max_size=40)
-)
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2, st.integers(0, 6)), min_size=1, max_size=40))
 def test_paired_difference_is_that_of_the_rates_with_width(rows: list[tuple[float, float, int]]) -> None:
     a, b, ids = (list(column) for column in zip(*rows, strict=True))
     found = paired_difference(a, b, ids)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
+from psycho.config import Config, ServingConfig
+from psycho.errors import BadInput
+from psycho.serving.app import base_url, build_app, check_port, from_args
 from psycho.serving.calls import Admission
 from psycho.serving.engine import ChatCall
 from psycho.serving.gateway import Settings, build_api
@@ -28,6 +33,7 @@ from psycho.serving.protocol import (
     ScoreRequest,
     Scores,
 )
+from ray_jobs.serve import final_models
 
 SECRET = "my sister said something unrepeatable"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -97,6 +103,19 @@ class FakeHandle:
         return self
 
 
+class FakeRun:
+    """A run folder that only knows where its models would be."""
+
+    def __init__(self, root: Path, *trained: str) -> None:
+        self.root = str(root)
+        for name in trained:
+            (root / "models" / name).mkdir(parents=True)
+            (root / "models" / name / "config.json").write_text("{}")
+
+    def path(self, *parts: str) -> str:
+        return "/".join([self.root, *parts])
+
+
 def parts(*items: Any) -> Callable[[], AsyncIterator[Any]]:
     async def generate() -> AsyncIterator[Any]:
         for item in items:
@@ -131,9 +150,7 @@ def sse(text: str) -> list[Any]:
 
 def test_chat_answers_in_openai_shape_and_says_drafts_are_for_review() -> None:
     with serving() as (client, policies, _):
-        reply = chat(
-            client, model="online", max_tokens=500, stop="END", seed=-3, tools=[], user="x", logit_bias={}
-        )
+        reply = chat(client, model="online", max_tokens=500, stop="END", seed=-3, tools=[], user="x", logit_bias={})
         assert reply.status_code == 200
         body = reply.json()
         assert body["object"] == "chat.completion"
@@ -177,9 +194,7 @@ def test_stream_ends_with_usage_and_done() -> None:
         ({"stop": ["", "x"]}, "stop"),
     ],
 )
-def test_bad_requests_name_the_field_and_never_repeat_what_was_sent(
-    fields: dict[str, Any], param: str
-) -> None:
+def test_bad_requests_name_the_field_and_never_repeat_what_was_sent(fields: dict[str, Any], param: str) -> None:
     with serving() as (client, policies, _):
         reply = chat(client, **fields)
         assert reply.status_code == 400
@@ -195,9 +210,7 @@ def test_bad_requests_name_the_field_and_never_repeat_what_was_sent(
 )
 def test_bodies_that_are_not_requests_are_400(body: bytes) -> None:
     with serving() as (client, _, _):
-        reply = client.post(
-            "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
-        )
+        reply = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
         assert reply.status_code == 400
         assert reply.json()["error"]["message"]
 
@@ -371,9 +384,7 @@ def test_score_takes_one_conversation_or_many() -> None:
     ):
         body = client.post("/v1/score", json=pair).json()
         assert (body["reward"], body["rewards"]) == (0.5, [0.5])
-        body = client.post(
-            "/v1/score", json={"inputs": [pair, {"messages": turns}], "model": "reward"}
-        ).json()
+        body = client.post("/v1/score", json={"inputs": [pair, {"messages": turns}], "model": "reward"}).json()
         assert body["rewards"] == [0.5, -1.0] and "reward" not in body
         assert body["usage"]["prompt_tokens"] == 8
         conversation = [{"role": "system", "content": "be kind"}, *turns]
@@ -397,3 +408,49 @@ def test_score_refuses_what_is_not_a_scored_conversation(body: dict[str, Any]) -
         ScoreRequest.model_validate(body)
     with serving() as (client, _, _):
         assert client.post("/v1/score", json=body).status_code == 400
+
+
+def test_the_final_policy_is_the_last_one_trained(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "a", "sft", "dpo", "reward")
+    assert final_models(run) == (run.path("models", "dpo"), run.path("models", "reward"))  # type: ignore[arg-type]
+    for name, trained, missing in (("b", ["sft"], "reward model"), ("c", ["reward"], "policy"), ("d", [], "models")):
+        with pytest.raises(BadInput, match=f"no trained {missing}; run the pipeline first"):
+            final_models(FakeRun(tmp_path / name, *trained))  # type: ignore[arg-type]
+
+
+def model_folder(folder: Path, **config: Any) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        (folder / name).touch()
+    return str(folder)
+
+
+def test_what_cannot_be_served_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = model_folder(tmp_path / "policy", architectures=["LlamaForCausalLM"])
+    two = model_folder(tmp_path / "two", architectures=["LlamaForSequenceClassification"])
+    reward = model_folder(
+        tmp_path / "reward", architectures=["LlamaForSequenceClassification"], id2label={"0": "LABEL_0"}
+    )
+    for wrong in (policy, two):
+        with pytest.raises(BadInput, match="is not a reward model"):
+            build_app(Config(), policy, wrong)
+    with pytest.raises(BadInput, match="does not exist"):
+        build_app(Config(), str(tmp_path / "nothing"), reward)
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with pytest.raises(BadInput, match="NO_SUCH_KEY named by"):
+        build_app(Config(serving=ServingConfig(api_key_env="NO_SUCH_KEY")), policy, reward)
+    with pytest.raises(BadInput, match="lack policy, reward"):
+        from_args({"config": "configs/nano.yaml"})
+    build_app(Config(), policy, reward)
+
+
+def test_a_port_that_cannot_be_had_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BadInput, match=f"port {port} of 127.0.0.1 is in use"):
+            check_port("127.0.0.1", port)
+    with pytest.raises(BadInput, match="cannot listen on port"):
+        check_port("203.0.113.1", 8000)
+    assert base_url("0.0.0.0", 80) == "http://127.0.0.1:80"
+    assert base_url("::", 80) == "http://[::1]:80"

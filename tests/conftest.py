@@ -1,0 +1,73 @@
+"""What several areas' tests start from: a random model of the nano world, and a Ray of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer() -> Any:
+    """The nano world's tokenizer."""
+    from psycho.nano.grammar import vocabulary
+    from psycho.nano.tokenizer import build_tokenizer
+
+    return build_tokenizer(vocabulary(), 512)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(nano_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Folder of a random two-layer Llama with the nano tokenizer, by seed; made once a session.
+
+    Its weights are large for a random model's, so that its distributions are far from uniform and from one another.
+    """
+    made: dict[tuple[int, bool], str] = {}
+
+    def folder(seed: int = 0, reward: bool = False) -> str:
+        if (seed, reward) not in made:
+            made[seed, reward] = _make(nano_tokenizer, tmp_path_factory.mktemp("model"), seed, reward)
+        return made[seed, reward]
+
+    return folder
+
+
+def _make(tokenizer: Any, folder: Path, seed: int, reward: bool) -> str:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=not reward,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        num_labels=1,
+    )
+    model = (LlamaForSequenceClassification if reward else LlamaForCausalLM)(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of the module's own, with more logical CPUs than the machine has; nothing else is touched."""
+    import ray
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**28)
+    yield
+    ray.shutdown()

@@ -1,0 +1,200 @@
+"""report.html: self-contained, escaped, whole and in parts, accessible."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from psycho.evaluation import findings, plots
+from psycho.evaluation.report import render_report
+from psycho.evaluation.summary import build_summary, stage_manifests
+from psycho.job import Job
+from psycho.run import Run
+from psycho.stages import POLICIES
+from ray_jobs.report import report
+
+SECTIONS = ("summary", "win-rate", "reward-model", "judge", "training", "data", "stages", "examples", "settings")
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes; fails on tags that do not close."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page(run: Run) -> str:
+    return render_report(run, build_summary(run, stage_manifests(run), 60.0, None))
+
+
+def figures(html: str) -> set[str]:
+    """Names of the figures in the page, from the ids matplotlib left in them."""
+    return set(re.findall(r'<g id="([a-z-]+)-figure_1"', html))
+
+
+def test_whole_page_holds_every_section_and_figure(fake_run: Any) -> None:
+    html = page(fake_run.finish())
+    for section in SECTIONS:
+        assert f'<h2 id="{section}">' in html
+        assert f'href="#{section}"' in html
+    assert figures(html) == {
+        *("win-rate", "reliability", "correlation", "overall", "loss", "rewards", "rounds", "gap", "who", "ratings")
+    }
+    assert "never faces clients alone" in html
+    assert "drafts that a" in html
+    assert "gap under pairs.min_gap" in html
+    assert "nano:reference" in html
+    assert html.count("<summary>Comparison") == 3
+
+
+def test_page_needs_nothing_from_outside(fake_run: Any) -> None:
+    found = Page(page(fake_run.finish()))
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in found.tags}
+    for _, attributes in found.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+    styles = "".join(str(attributes.get("style")) for _, attributes in found.tags)
+    assert "@import" not in styles and not re.search(r"url\((?!#)", styles)
+
+
+def test_text_is_escaped(fake_run: Any) -> None:
+    html = page(fake_run.finish())
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in html
+    assert "<i>it will pass" not in html and "&lt;i&gt;it will pass&lt;/i&gt; &amp; I feel stuck" in html
+
+
+def test_page_is_accessible(fake_run: Any) -> None:
+    found = Page(page(fake_run.finish()))
+    assert found.of("html")[0]["lang"] == "en"
+    assert all(svg["role"] == "img" and len(svg["aria-label"] or "") > 20 for svg in found.of("svg"))
+    assert all(th.get("scope") in ("col", "row") for th in found.of("th"))
+    assert len(found.of("caption")) == len(found.of("table"))
+    assert len(found.of("figcaption")) == len(found.of("figure")) == len(found.of("svg"))
+    assert len(found.of("h1")) == 1
+    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_figures_follow_the_colours_of_the_page(fake_run: Any) -> None:
+    html = page(fake_run.finish())
+    body = html[html.index("<body>") :]
+    assert "prefers-color-scheme: dark" in html
+    assert "var(--one)" in body and "var(--ink)" in body
+    assert not any(colour in body for colour in (plots.INK, plots.MUTED, plots.GRID, plots.JUDGE))
+
+
+@pytest.mark.parametrize(
+    ("last", "there"),
+    [
+        ("prepare", set()),
+        ("judge", {"ratings"}),
+        ("pair", {"ratings", "gap", "who"}),
+        ("train_dpo", {"ratings", "gap", "who", "loss", "rewards"}),
+    ],
+)
+def test_a_partial_run_gives_a_partial_page(fake_run: Any, last: str, there: set[str]) -> None:
+    html = page(fake_run.finish(last))
+    Page(html)
+    assert figures(html) == there
+    assert '<h2 id="win-rate">' not in html and '<h2 id="examples">' not in html
+    assert '<h2 id="data">' in html and '<h2 id="stages">' in html
+
+
+def test_a_run_without_anything_still_renders(fake_run: Any) -> None:
+    html = page(fake_run.run)
+    Page(html)
+    assert "Nothing has been trained yet." in html
+
+
+def test_without_gold_the_page_does_not_speak_of_it(fake_run: Any) -> None:
+    fake_run.gold = False
+    html = page(fake_run.finish())
+    assert "correlation" not in figures(html)
+    assert "practice world" not in html and "truth (gold)" not in html
+
+
+def test_model_names_are_text_in_figures() -> None:
+    """Neither markup nor mathematics: `$` would otherwise be read as TeX and fail."""
+    history = [{"loss": 0.7, "reward_chosen": 0.1, "reward_rejected": -0.1}] * 3
+    svg = plots.loss_curves({"<b>$\\frac{": history})
+    assert "&lt;b&gt;$\\frac{" in svg and "<b>" not in svg
+
+
+def test_a_long_training_is_thinned_out() -> None:
+    short = plots.loss_curves({"sft": [{"loss": 1 / (1 + step)} for step in range(300)]})
+    long = plots.loss_curves({"sft": [{"loss": 1 / (1 + step)} for step in range(30_000)]})
+    assert len(long) < 1.5 * len(short)
+
+
+def test_the_same_run_gives_the_same_page(fake_run: Any) -> None:
+    run = fake_run.finish()
+    assert page(run) == page(run)
+
+
+def test_warnings_name_what_went_wrong(fake_run: Any) -> None:
+    run = fake_run.finish()
+    summary = build_summary(run, stage_manifests(run), 60.0, None)
+    row, base = summary["win_rate"]["online"], summary["win_rate"]["base"]
+    calm = {"n": 500, "mean_chars": base["mean_chars"]}
+    gold = {"rate": row["rate"], "on_grammar": 1.0}
+    row |= calm | {"gold": row["gold"] | gold}
+    assert findings.warnings(summary, 0.5, {"dpo": [{"reward_chosen": 0.2}]}) == []
+    row |= {"n": 20, "mean_chars": 2 * base["mean_chars"]}
+    row["gold"] |= {"rate": row["rate"] - 0.3, "on_grammar": 0.5}
+    found = findings.warnings(summary, 0.9, {"dpo": [{"reward_chosen": -0.2}]})
+    words = ("Only 20", "grew", "over-optimisation", "well-formed", "In dpo the reward", "prefers a place")
+    assert len(found) == len(words)
+    assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.55, 0.8, "better than"), (0.2, 0.4, "worse than"), (0.4, 0.6, "not clearly")]
+)
+def test_story_says_no_more_than_the_interval(fake_run: Any, low: float, high: float, verdict: str) -> None:
+    run = fake_run.finish()
+    summary = build_summary(run, stage_manifests(run), 60.0, None)
+    summary["win_rate"]["online"] |= {"low": low, "high": high}
+    assert verdict in findings.story(run.config, summary)[1]
+
+
+def test_recipe_writes_the_page_as_a_stage(fake_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fake_run.finish()
+    manifests: dict[str, Any] = {}
+    said: list[str] = []
+
+    def stage(name: str, body: Any) -> None:
+        manifests[name] = run.execute(name, body)
+
+    job = SimpleNamespace(run=run, manifests=manifests, stage=stage, progress=SimpleNamespace(say=said.append))
+    report(cast(Job, job))
+    report(cast(Job, job))
+    with open(run.path("report.html"), encoding="utf-8") as file:
+        html = file.read()
+    assert all(policy in html for policy in POLICIES)
+    assert run.is_done("report") and manifests["report"]["status"] == "skipped"
+    told = "".join(said) + "".join(capsys.readouterr())
+    assert "stuck" not in told and "hard" not in told

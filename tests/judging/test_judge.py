@@ -1,0 +1,171 @@
+"""Rating with a judge that fails on purpose: retried, then left out with a reason, never made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from psycho.config import JudgeConfig, SamplingConfig
+from psycho.evaluation.comparison import both_orders
+from psycho.inference.worker import Completion
+from psycho.judging.judge import FAILED, rate_pairs, rate_single, rating_row
+from psycho.judging.rubric import answer, dump
+from psycho.principles import STEMS
+from psycho.schema import RATING
+
+Messages = list[dict[str, str]]
+TORN = '{"empathy": {"evid'
+
+
+def ratings(value: int) -> dict[str, Any]:
+    return answer(dict.fromkeys(STEMS, value), dict.fromkeys(STEMS, "none"))
+
+
+class FakeWorker:
+    """Answers with `reply(prompt, try)`; remembers every call."""
+
+    def __init__(self, reply: Callable[[str, int], str | Completion], floors: tuple[float, ...] = ()) -> None:
+        self.reply, self.floors = reply, floors
+        self.calls: list[dict[str, Any]] = []
+        self.tries: dict[str, int] = {}
+
+    def generate(
+        self,
+        conversations: Sequence[Messages],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        schema: str | None = None,
+        spans: Sequence[Sequence[str]] | None = None,
+    ) -> list[Completion]:
+        prompts = [messages[-1]["content"] for messages in conversations]
+        self.calls.append(
+            {"prompts": prompts, "seeds": list(seeds), "sampling": sampling, "schema": schema, "spans": spans}
+        )
+        answers = []
+        for prompt in prompts:
+            self.tries[prompt] = self.tries.get(prompt, 0) + 1
+            given = self.reply(prompt, self.tries[prompt])
+            if isinstance(given, str):
+                given = Completion(text=given, output_tokens=7, span_floors=self.floors if spans else ())
+            answers.append(given)
+        return answers
+
+
+def judge(**settings: Any) -> JudgeConfig:
+    return JudgeConfig(model="fake", template="compact", **settings)
+
+
+ITEMS = [("speech", f"reply {number}") for number in range(4)]
+
+
+def test_an_answer_that_does_not_parse_is_asked_again_alone_with_another_seed():
+    worker = FakeWorker(lambda prompt, n: TORN if "reply 2" in prompt and n == 1 else dump(ratings(4)))
+    rated = rate_single(worker, judge(), ITEMS, [10, 20, 30, 40])
+    assert [rating.overall for rating, *_ in rated] == [4, 4, 4, 4]
+    assert [attempts for _, _, attempts, _ in rated] == [1, 1, 2, 1]
+    first, again = worker.calls
+    assert (first["seeds"], again["seeds"]) == ([10, 20, 30, 40], [31])
+    assert again["prompts"] == [first["prompts"][2]] and again["schema"] == first["schema"]
+    assert first["sampling"].temperature == 0 < again["sampling"].temperature
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_an_answer_that_never_parses_is_left_out_with_a_reason(retries):
+    worker = FakeWorker(lambda prompt, n: TORN if "reply 1" in prompt else dump(ratings(2)))
+    rated = rate_single(worker, judge(retries=retries), ITEMS, [1, 2, 3, 4])
+    assert [rating is None for rating, *_ in rated] == [False, True, False, False]
+    assert [attempts for _, _, attempts, _ in rated] == [1, 1 + retries, 1, 1]
+    asked = [seed for call in worker.calls[1:] for seed in call["seeds"]]
+    assert asked == [2 + n for n in range(1, retries + 1)]
+    row = rating_row(REQUEST, *rated[1])
+    assert row["error"] == FAILED and row["overall"] is None
+    assert all(row[f"{stem}_rating"] is None and row[f"{stem}_evidence"] is None for stem in STEMS)
+
+
+REQUEST = {"request_id": "r", "speech_id": "s", "split": "train", "model": "m", "question": "q", "response": "a"}
+
+
+def test_a_prompt_that_cannot_be_served_is_not_asked_again_and_keeps_its_reason():
+    long = Completion(error="prompt of 9000 tokens is over the model's limit of 8192")
+    worker = FakeWorker(lambda prompt, n: long if "reply 0" in prompt else dump(ratings(5)))
+    rated = rate_single(worker, judge(retries=3), ITEMS, [1, 2, 3, 4])
+    assert len(worker.calls) == 1 and rated[0][0] is None and rated[1][0].overall == 5
+    assert rating_row(REQUEST, *rated[0])["error"] == long.error
+
+
+def test_a_rating_row_is_of_the_schema():
+    [rated] = rate_single(FakeWorker(lambda *_: dump(ratings(4))), judge(), ITEMS[:1], [1])
+    row = rating_row(REQUEST, *rated)
+    assert set(row) == {*RATING.names, "error"}
+    assert (row["error"], row["overall"], row["clarity_rating"], row["attempts"], row["output_tokens"]) == (
+        None,
+        4,
+        4,
+        1,
+        7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("floor", "found", "floored"),
+    [(-8.0, -9.0, True), (-8.0, -8.0, False), (-8.0, -1.0, False), (None, -99.0, False)],
+)
+def test_the_floor_lowers_clarity_and_nothing_else(floor, found, floored):
+    worker = FakeWorker(lambda *_: dump(ratings(5)), floors=(found,))
+    [(rating, is_floored, _, _)] = rate_single(worker, judge(fluency_floor=floor), ITEMS[:1], [1])
+    assert is_floored is floored
+    assert rating.ratings == dict.fromkeys(STEMS, 5) | ({"clarity": 1} if floored else {})
+    assert worker.calls[0]["spans"] == ([["reply 0"]] if floor is not None else None)
+
+
+def test_a_failed_rating_is_not_floored_into_one():
+    worker = FakeWorker(lambda *_: TORN, floors=(-99.0,))
+    [(rating, floored, _, _)] = rate_single(worker, judge(fluency_floor=-8.0), ITEMS[:1], [1])
+    assert rating is None and floored is False
+
+
+def test_the_floor_of_a_retried_answer_is_that_of_its_prompt():
+    worker = FakeWorker(lambda prompt, n: TORN if n == 1 else dump(ratings(5)), floors=(-9.0,))
+    [(rating, floored, _, _)] = rate_single(worker, judge(fluency_floor=-8.0), ITEMS[:1], [1])
+    assert floored and rating.ratings["clarity"] == 1 and worker.calls[1]["spans"] is None
+
+
+@pytest.mark.parametrize("bad_side", [0, 1])
+def test_in_a_pair_the_floor_is_each_sides_own(bad_side):
+    floors = (-9.0, -1.0) if bad_side == 0 else (-1.0, -9.0)
+    worker = FakeWorker(lambda *_: dump({"first": ratings(5), "second": ratings(4)}), floors)
+    [pair] = rate_pairs(worker, judge(fluency_floor=-8.0), [("s", "one", "other")], [1])
+    assert worker.calls[0]["spans"] == [["one", "other"]]
+    assert pair[bad_side].ratings["clarity"] == 1 and pair[1 - bad_side].ratings["clarity"] in (4, 5)
+
+
+def test_a_pair_that_never_parses_is_none():
+    answers = {"bad": dump({"first": ratings(5)}), "good": dump({"first": ratings(5), "second": ratings(1)})}
+    worker = FakeWorker(lambda prompt, n: answers["bad" if "bad" in prompt else "good"])
+    first, second = rate_pairs(worker, judge(), [("s", "bad", "b"), ("s", "a", "b")], [1, 2])
+    assert first is None and [side.overall for side in second] == [5, 1]
+
+
+def planted(favourite: str) -> FakeWorker:
+    """A judge that likes one text, wherever it stands."""
+
+    def reply(prompt: str, _: int) -> str:
+        first = prompt.split("First: ")[1].split("\nSecond: ")[0]
+        sides = (5, 1) if first == favourite else (1, 5)
+        return dump({"first": ratings(sides[0]), "second": ratings(sides[1])})
+
+    return FakeWorker(reply)
+
+
+@pytest.mark.parametrize(("favourite", "expected"), [("policy's", 1.0), ("baseline's", 0.0)])
+def test_a_planted_judge_flips_the_label(favourite, expected):
+    items = [("speech", "policy's", "baseline's"), ("speech", "baseline's", "policy's")]
+    assert both_orders(*rate_pairs(planted(favourite), judge(), items, [1, 2])) == expected
+
+
+def test_a_judge_who_favours_a_place_favours_nobody():
+    worker = FakeWorker(lambda *_: dump({"first": ratings(5), "second": ratings(4)}))
+    items = [("speech", "policy's", "baseline's"), ("speech", "baseline's", "policy's")]
+    assert both_orders(*rate_pairs(worker, judge(), items, [1, 2])) == 0.5

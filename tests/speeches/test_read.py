@@ -1,0 +1,212 @@
+"""Reading speeches: every file that cannot be used is one sentence, and no sentence holds a client's words."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from psycho.config import SpeechesConfig
+from psycho.errors import BadInput
+from psycho.speeches.clean import clean_speeches
+from psycho.speeches.read import read_speeches
+
+SECRET = "Since my brother Tobias died I cannot sleep, and nobody at work has asked me once how I am doing."
+ROWS = [(1, SECRET, None), (2, "second", None)]
+
+
+def read(path: Path, **settings: Any) -> list[tuple[int, str | None, str | None]]:
+    return list(read_speeches(SpeechesConfig(source=str(path), **settings)))
+
+
+def refused(path: Path, **settings: Any) -> str:
+    """The sentence for a file that cannot be used; it names the file and tells nothing a client said."""
+    with pytest.raises(BadInput) as caught:
+        read(path, **settings)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    assert not any(word in message for word in ("Tobias", "brother", "sleep", "second"))
+    return message
+
+
+def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
+    path = folder / f"speeches.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "csv":
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+KINDS = pytest.mark.parametrize("kind", ["csv", "jsonl", "ndjson", "parquet"])
+
+
+@KINDS
+def test_every_kind_gives_the_same_rows(tmp_path, kind):
+    path = write(tmp_path, kind, [{"question": SECRET, "key": "a"}, {"question": "second", "key": "b"}])
+    assert read(path) == ROWS
+    assert read(path, id_column="key") == [(1, SECRET, "a"), (2, "second", "b")]
+    assert read(path, text_column="key") == [(1, "a", None), (2, "b", None)]
+
+
+@KINDS
+def test_a_wrong_column_lists_the_columns(tmp_path, kind):
+    path = write(tmp_path, kind, [{"text": SECRET, "topic": "grief"}])
+    assert "no column question; its columns are text, topic: set speeches.text_column" in refused(path)
+    assert "no column key; its columns are text, topic: set speeches.id_column" in refused(
+        path, text_column="text", id_column="key"
+    )
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_without_a_header_does_not_show_its_first_speech(tmp_path, kind):
+    path = tmp_path / f"speeches.{kind}"
+    path.write_text(f"{SECRET}\nsecond\n" if kind == "csv" else json.dumps({SECRET: 1}) + "\n")
+    assert "is the header missing?" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("none.csv", "does not exist; give a CSV, JSONL or Parquet file"),
+        ("folder.csv", "is a folder"),
+        ("speeches.xlsx", "ends in '.xlsx'; give .csv, .jsonl or .parquet"),
+        ("speeches", "ends in ''"),
+    ],
+)
+def test_what_is_not_a_file_of_a_known_kind(tmp_path, name, part):
+    (tmp_path / "folder.csv").mkdir()
+    for other in ("speeches.xlsx", "speeches"):
+        (tmp_path / other).write_text(SECRET)
+    assert part in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\n\n"])
+def test_an_empty_csv(tmp_path, content):
+    path = tmp_path / "speeches.csv"
+    path.write_bytes(content)
+    assert "is empty; give a file with a header and rows" in refused(path)
+
+
+@pytest.mark.parametrize(("kind", "content"), [("csv", b"question,topic\n"), ("jsonl", b""), ("jsonl", b"\n \n")])
+def test_no_rows(tmp_path, kind, content):
+    path = tmp_path / f"speeches.{kind}"
+    path.write_bytes(content)
+    config = SpeechesConfig(source=str(path))
+    assert read(path) == []
+    with pytest.raises(BadInput, match="holds no rows"):
+        clean_speeches(read_speeches(config), config)
+
+
+def test_no_rows_in_a_parquet_file(tmp_path):
+    pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "speeches.parquet")
+    assert read(tmp_path / "speeches.parquet") == []
+
+
+def test_not_utf_8_in_a_csv(tmp_path):
+    path = tmp_path / "speeches.csv"
+    path.write_bytes(b"question\n" + (SECRET + "\n").encode() * 200 + "café\n".encode("latin-1"))
+    assert "is not UTF-8 (after row " in refused(path) and "save it as UTF-8" in refused(path)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_not_utf_8_in_a_jsonl(tmp_path, encoding):
+    path = tmp_path / "speeches.jsonl"
+    path.write_bytes(json.dumps({"question": f"{SECRET} café"}, ensure_ascii=False).encode(encoding))
+    assert "is not UTF-8" in refused(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, kind):
+    path = write(tmp_path, kind, [{"question": SECRET}])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(path) == [(1, SECRET, None)]
+
+
+def test_a_speech_of_10_mb_is_left_out_and_the_others_kept(tmp_path):
+    path = write(tmp_path, "csv", [{"question": SECRET}, {"question": "x" * 10_000_000}, {"question": SECRET[::-1]}])
+    config = SpeechesConfig(source=str(path), min_chars=50)
+    kept, quarantine, rows = clean_speeches(read_speeches(config), config)
+    assert (len(kept), rows) == (2, 3)
+    assert quarantine == [{"row": 2, "reason": "10000000 characters, over speeches.max_chars 1000"}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"question": "Tobias', "[1, 2]", '"Tobias"', "null", "7", "[" * 100_000, '{"question": ' + "[" * 100_000],
+)
+def test_a_broken_line_of_jsonl_is_left_out_and_the_others_kept(tmp_path, line):
+    good = json.dumps({"question": SECRET})
+    path = tmp_path / "speeches.jsonl"
+    path.write_text(f"{good}\n{line}\n\n{good}\n")
+    assert read(path) == [(1, SECRET, None), (2, None, None), (3, SECRET, None)]
+    config = SpeechesConfig(source=str(path), min_chars=50)
+    _, quarantine, _ = clean_speeches(read_speeches(config), config)
+    assert quarantine[0] == {"row": 2, "reason": "no text in this row"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, None), ([SECRET], None), ({"a": SECRET}, None), (1.5, None), (7, "7"), ("", ""), ("a\ud800b", "a?b")],
+)
+def test_values_that_are_no_text(tmp_path, value, text):
+    path = tmp_path / "speeches.jsonl"
+    path.write_text(json.dumps({"question": value}) + "\n")
+    assert read(path) == [(1, text, None)]
+
+
+def test_half_a_surrogate_pair_in_an_id_can_be_stored(tmp_path):
+    path = tmp_path / "speeches.jsonl"
+    path.write_text(json.dumps({"question": SECRET, "key": "a\udfff"}) + "\n")
+    [(_, _, key)] = read(path, id_column="key")
+    assert pa.array([key]).to_pylist() == ["a?"]
+
+
+def test_a_short_row_of_a_csv_holds_no_text(tmp_path):
+    path = tmp_path / "speeches.csv"
+    path.write_text(f'topic,question\ngrief\ngrief,"{SECRET}"\ngrief,second,more,and more\n')
+    assert [text for _, text, _ in read(path)] == [None, SECRET, "second"]
+
+
+@pytest.mark.parametrize("cut", ["empty", "half", "not parquet", "torn page"])
+def test_a_torn_parquet_file(tmp_path, cut):
+    rows = [{"question": f"{SECRET} {i * 7919 % 1000}"} for i in range(2000)]
+    path = write(tmp_path, "parquet", rows)
+    whole = path.read_bytes()
+    at = len(whole) // 3
+    path.write_bytes(
+        {
+            "empty": b"",
+            "half": whole[: len(whole) // 2],
+            "not parquet": SECRET.encode(),
+            "torn page": whole[:4] + b"\xff" * at + whole[4 + at :],
+        }[cut]
+    )
+    assert "is not a Parquet file or is cut short; write it again" in refused(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@KINDS
+def test_permission_denied(tmp_path, kind):
+    path = write(tmp_path, kind, [{"question": SECRET}])
+    path.chmod(0)
+    assert "permission denied" in refused(path)
+
+
+@pytest.mark.parametrize(("kind", "opens"), [("csv", "pathlib.Path.open"), ("parquet", "pyarrow.parquet.ParquetFile")])
+def test_permission_denied_as_a_system_would_say_it(tmp_path, monkeypatch, kind, opens):
+    path = write(tmp_path, kind, [{"question": SECRET}])
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(opens, denied)
+    assert "cannot be read (permission denied); check its mode" in refused(path)

@@ -1,0 +1,290 @@
+"""The plan: what it counts, what it estimates, and that it touches nothing. No engine, no Ray, no model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from psycho import plan
+from psycho.config import TrainingConfig, build_config, load_config
+from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from psycho.job import Options, execute
+from psycho.run import FORMAT, Run
+from psycho.stages import STAGES, check_config
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PAPER, SMALL = ROOT / "configs" / "paper-8b.yaml", ROOT / "configs" / "small-1gpu.yaml"
+
+
+def stages(config, job="pipeline"):
+    return {stage.name: stage for stage in plan.build_plan(config, job).stages}
+
+
+def printed(config, job="pipeline", width=80):
+    out = io.StringIO()
+    plan.print_plan(config, job, Console(file=out, width=width))
+    return out.getvalue()
+
+
+def minimal(**settings):
+    return build_config({"policy": "o/p-8B", "training": {"workers": 8}} | settings, "test")
+
+
+# What a person sees
+
+
+def test_dry_run_of_the_paper_prints_every_stage_and_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def recipe(job):
+        raise AssertionError("a dry run must not run the recipe")
+
+    assert execute("pipeline", recipe, Options(config=PAPER, dry_run=True)) == EXIT_DONE
+    out = capsys.readouterr().out
+    assert all(stage.name in out for stage in STAGES)
+    assert "speeches: data/speeches.parquet (not there yet; assuming 26,483 as in the paper)" in out
+    assert "80 GB: fits" in out and "1,638,400" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_needs_no_ray_and_no_heavy_import(tmp_path):
+    program = f"""
+import sys
+from psycho.job import Options, execute
+code = execute("pipeline", None, Options(config={str(PAPER)!r}, dry_run=True))
+names = ("torch", "vllm", "transformers", "deepspeed", "ray.data", "ray.train")
+heavy = [name for name in names if name in sys.modules]
+started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+print(code, heavy, started)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 [] False", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_is_whole_on_a_terminal_of_80_columns():
+    text = printed(load_config(PAPER), "train_dpo")
+    assert "…" not in text
+    online = next(line for line in text.splitlines() if "train_online " in line)
+    assert online.split() == ["train_online", "819,200", "819,200", "1,638,400", "1,600", "137.0", "12", "28.5", "14.9"]
+    assert len(online) < 80
+
+
+def test_the_stage_that_is_asked_for_is_marked():
+    lines = printed(load_config(SMALL), "train_dpo").splitlines()
+    assert [line.split()[1] for line in lines if line.startswith(">")] == ["train_dpo"]
+
+
+def test_stages_that_are_done_are_said_to_be(tmp_path):
+    config = load_config(PAPER, run_dir=str(tmp_path / "run"))
+    run = Run(config, STAGES)
+    (tmp_path / "run" / "manifests").mkdir(parents=True)
+    (tmp_path / "run" / "speeches").mkdir()
+    manifest = {"key": run.key("prepare"), "format": FORMAT}
+    (tmp_path / "run" / "manifests" / "prepare.json").write_text(json.dumps(manifest))
+    (tmp_path / "run" / "manifests" / "judge.json").write_text("{cut short")
+    before = sorted(tmp_path.rglob("*"))
+    assert "(is there; stages done: prepare)" in printed(config)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_loads_and_passes_the_check(path):
+    config = load_config(path)
+    check_config(config)
+    assert all(stage.gpu_gib is not None for stage in plan.build_plan(config, "pipeline").stages)
+
+
+def test_the_paper_is_the_paper():
+    config = load_config(PAPER)
+    assert len({model.model for model in config.generation.pool}) == 20
+    sizes = [model.parameters_b for model in config.generation.pool]
+    assert min(sizes) >= 3 and 70 <= max(sizes) < 75
+    online = config.online
+    assert online.rounds * online.speeches_per_round // online.batch_size == 1600
+    assert config.judge.model not in {model.model for model in config.generation.pool}
+    assert config.evaluation.judge.model != config.judge.model
+
+
+def test_an_unknown_key_names_the_nearest_one(tmp_path, capsys):
+    with pytest.raises(BadInput, match=r"unknown key training\.dpo\.betta; did you mean training\.dpo\.beta\?"):
+        load_config(PAPER, ["training.dpo.betta=0.2"])
+    options = Options(config=PAPER, overrides=("onlin.rounds=2",), dry_run=True)
+    assert execute("pipeline", lambda job: None, options) == EXIT_BAD_INPUT
+    assert "did you mean online?" in capsys.readouterr().err
+
+
+# Rows
+
+
+def test_rows_of_a_csv_with_line_breaks_in_its_cells(tmp_path):
+    file = tmp_path / "speeches.csv"
+    file.write_text('question\n"one\ntwo"\nthree\n\nfour\n', encoding="utf-8")
+    config = minimal(speeches={"source": str(file)})
+    assert plan.count_speeches(config) == (3, f"{file} (3 rows before cleaning)")
+
+
+def test_rows_of_jsonl_and_parquet_and_a_limit(tmp_path):
+    lines, table = tmp_path / "s.jsonl", tmp_path / "s.parquet"
+    lines.write_text('{"question": "a"}\n\n{"question": "b"}\n', encoding="utf-8")
+    pq.write_table(pa.table({"question": ["a"] * 100}), table)
+    assert plan.count_speeches(minimal(speeches={"source": str(lines)}))[0] == 2
+    count, told = plan.count_speeches(minimal(speeches={"source": str(table), "limit": 40}))
+    assert (count, told) == (40, f"{table} (100 rows before cleaning; speeches.limit 40)")
+    table.write_bytes(b"cut short")
+    assert "cannot be read; assuming 26,483" in plan.count_speeches(minimal(speeches={"source": str(table)}))[1]
+
+
+def test_rows_follow_the_paper():
+    found = stages(load_config(PAPER))
+    assert found["generate"].requests == found["judge"].rows_in == 26_483 * 4
+    assert found["pair"].rows_out == pytest.approx(34_329 + 2_324, rel=0.005)
+    assert found["train_reward"].steps == 2 * -(-found["train_reward"].rows_in // 128)
+    assert found["train_online"].steps == 1600
+    assert found["train_online"].rows_in == 16 * 6400 * 8
+
+
+def test_rows_of_the_nano_world():
+    found = stages(load_config(ROOT / "configs" / "nano.yaml"))
+    assert found["prepare"].rows_out == 420 + 260
+    assert found["evaluate"].rows_in == 4 * 260
+    assert all(stage.gpus == 0 for stage in found.values())
+
+
+def test_pairs_by_gap():
+    assert plan.expected_pairs(1000, 4, 0.0) == 6000
+    assert plan.expected_pairs(1000, 4, 1.0) == pytest.approx(6000 * 34_329 / (24_159 * 6), rel=0.01)
+    assert plan.expected_pairs(1000, 4, 0.0, limit=2) == 2000
+    assert plan.expected_pairs(1000, 4, 2.0) < plan.expected_pairs(1000, 4, 1.0) / 5
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),  # GB, by hand: 8e9 parameters, 8 GPUs
+    [(0, 16, 16, 96), (1, 16, 16, 12), (2, 16, 2, 12), (3, 2, 2, 12)],
+)
+def test_zero_by_hand(stage, weights, gradients, optimizer):
+    found = [part * plan.GIB / 1e9 for part in plan.zero_gib(8, 8, stage)]
+    assert found == pytest.approx([weights, gradients, optimizer])
+
+
+def test_zero_of_the_paper_that_defines_it():
+    """Rajbhandari et al. 2020, figure 1: 7.5 B parameters on 64 GPUs are 120, 31.4, 16.6 and 1.9 GB."""
+    totals = [sum(plan.zero_gib(7.5, 64, stage)) * plan.GIB / 1e9 for stage in range(4)]
+    assert totals == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+def test_single_precision_is_sixteen_bytes_too():
+    assert sum(plan.zero_gib(1, 1, 0, "fp32")) == pytest.approx(sum(plan.zero_gib(1, 1, 0)))
+
+
+def test_offloading_moves_the_optimizer_to_the_host():
+    def load(offload):
+        config = minimal(training={"workers": 8, "zero_stage": 2, "offload_optimizer": offload})
+        return plan.training_load(config, "o/p-8B", config.training.dpo, True)
+
+    kept, moved = load(False), load(True)
+    assert kept.gib - moved.gib == pytest.approx(12e9 / plan.GIB)
+    assert moved.host_gib - kept.host_gib == pytest.approx(12e9 / plan.GIB)
+
+
+def test_checkpointing_saves_activations_and_a_reward_model_has_no_logits():
+    plain, saving = TrainingConfig(), TrainingConfig(gradient_checkpointing=True)
+    assert plan.activation_gib(8, 4096, saving, False) < plan.activation_gib(8, 4096, plain, False) / 10
+    logits = plan.activation_gib(8, 4096, saving, True) - plan.activation_gib(8, 4096, saving, False)
+    assert logits == pytest.approx(4096 * 152_064 * 14 / plan.GIB)
+
+
+@pytest.mark.parametrize(("size", "hidden", "layers"), [(0.49, 896 * 2, 12), (8.03, 4096, 32), (70.6, 8192, 80)])
+def test_shape_is_near_that_of_known_models(size, hidden, layers):
+    """Qwen2.5-0.5B is half as wide and twice as deep, which leaves width x depth (activations) as it is."""
+    found_hidden, found_layers = plan.shape(size)
+    assert found_hidden * found_layers == pytest.approx(hidden * layers, rel=0.2)
+
+
+def test_engine_by_hand():
+    """Llama-3.1-8B in bf16 at 8,192 tokens: 16 GB of weights, 131,072 bytes of cache a token."""
+    config = minimal(inference={"engine": {"max_model_len": 8192}})
+    expected = (16.06e9 + 131_072 * 8192) / plan.GIB + 2
+    assert plan.engine_gib(8.03, config.inference.engine) == pytest.approx(expected, rel=0.02)
+
+
+def test_small_fits_one_card_of_24_gb_with_training_and_engine_together():
+    config = load_config(SMALL)
+    for stage in plan.build_plan(config, "pipeline").stages:
+        assert stage.gpus <= 1
+        assert all(plan.fits(phase, 24) for phase in stage.phases), stage.name
+    crowded = load_config(SMALL, ["inference.engine.gpu_memory_utilization=0.9"])
+    assert not all(plan.fits(phase, 24) for phase in stages(crowded)["train_online"].phases)
+
+
+def test_paper_fits_80_gb_and_16_gpus():
+    found = plan.build_plan(load_config(PAPER), "pipeline")
+    assert max(stage.gpus for stage in found.stages) == 16
+    assert all(plan.fits(phase, 80) for stage in found.stages for phase in stage.phases)
+    assert not all(plan.fits(phase, 48) for stage in found.stages for phase in stage.phases)
+
+
+# Sizes and warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("Qwen2.5-0.5B-Instruct", 0.5),
+        ("SmolLM2-1.7B-Instruct", 1.7),
+        ("SmolLM2-360M-Instruct", 0.36),
+        ("gemma-2-9b-it", 9),
+        ("Mixtral-8x7B-Instruct-v0.1", 56),
+        ("Phi-3.5-mini-instruct", None),
+    ],
+)
+def test_size_by_name(name, size):
+    assert plan.size_of_name(name) == pytest.approx(size)
+
+
+def test_size_as_configured_then_by_name_then_by_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 4000)
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    sizes = {1: 1.24, 2: None, 3: 3, 4: 4}
+    pool = [{"name": f"m{i}", "model": f"o/m-{i}B", "parameters_b": size} for i, size in sizes.items()]
+    config = minimal(generation={"pool": pool})
+    assert plan.parameters_b(config, "o/m-1B") == 1.24
+    assert plan.parameters_b(config, "o/m-2B") == 2
+    assert plan.parameters_b(config, str(tmp_path)) == pytest.approx(1e-6)
+    assert plan.parameters_b(config, "o/nameless") is None
+
+
+def test_an_unknown_size_is_shown_as_such():
+    text = printed(load_config(PAPER, ["policy=o/nameless", "policy_parameters_b=null"]))
+    assert "policy: o/nameless (size unknown)" in text
+    assert "unknown" in next(line for line in text.splitlines() if "train_dpo" in line)
+    assert "size unknown of o/nameless" in text
+
+
+def test_warnings():
+    def warnings(*overrides):
+        return " | ".join(plan.build_plan(load_config(PAPER, overrides), "pipeline").warnings)
+
+    assert warnings().count("|") == 0 and "not there yet" in warnings()
+    assert "labels the pairs and judges" in warnings("evaluation.judge=null")
+    assert "train_dpo needs" in warnings("training.zero_stage=0")
+    assert "gpus_per_worker is 1; give it 4" in warnings("judge.gpus_per_worker=1")
+    assert "the run would stop at once: evaluation.baseline is empty" in warnings("evaluation.baseline=''")

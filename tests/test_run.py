@@ -1,0 +1,308 @@
+"""The run folder: what changes a stage's key, and that nothing half-done ever looks done."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psycho import storage
+from psycho.config import load_config
+from psycho.errors import BadInput, StageFailed
+from psycho.run import FORMAT, Run, Stage, StageResult
+from psycho.stages import STAGES
+
+NANO = Path(__file__).parents[1] / "configs" / "nano.yaml"
+ALL = [stage.name for stage in STAGES]
+FROM_ONLINE = {"train_online", "evaluate", "report"}
+FROM_PAIRS = {"pair", "train_reward", "train_dpo", *FROM_ONLINE}
+FROM_TRAINING = {"train_sft", "train_reward", "train_dpo", *FROM_ONLINE}
+HANGS_ON: dict[str, set[str]] = {
+    "seed=1": set(ALL),
+    "nano.seed=1": set(ALL),
+    "speeches.evaluation=100": set(ALL),
+    "speeches.min_chars=90": set(ALL),
+    "generation.models_per_speech=3": set(ALL) - {"prepare"},
+    "generation.sampling.temperature=0.5": set(ALL) - {"prepare"},
+    "generation.system_prompt=Listen.": set(ALL) - {"prepare"},
+    "inference.engine.max_model_len=1024": set(ALL) - {"prepare"},
+    "judge.retries=3": set(ALL) - {"prepare", "generate"},
+    "judge.fluency_floor=-5": set(ALL) - {"prepare", "generate"},
+    "judge.model=nano:base": set(ALL) - {"prepare", "generate"},
+    "pairs.min_gap=0.5": FROM_PAIRS,
+    "pairs.max_pairs_per_speech=2": FROM_PAIRS,
+    "policy=nano:warm": FROM_TRAINING,
+    "training.max_length=512": FROM_TRAINING,
+    "training.precision=bf16": FROM_TRAINING,
+    "training.sft.lr=1e-3": FROM_TRAINING - {"train_reward"},  # training.dpo.init is sft
+    "training.reward.lr=1e-3": {"train_reward", "evaluate", "report"},  # online.scorer is the judge
+    "training.dpo.beta=0.2": {"train_dpo", *FROM_ONLINE},
+    "online.rounds=3": FROM_ONLINE,
+    "online.beta=0.2": FROM_ONLINE,
+    "evaluation.baseline=nano:base": {"evaluate", "report"},
+    "evaluation.speeches=50": {"evaluate", "report"},
+    "name=other": {"report"},
+    # how fast, where, for whom to see: nothing that a result depends on
+    "run_dir=elsewhere": set(),
+    "cluster.local_cpus=8": set(),
+    "inference.workers=5": set(),
+    "inference.batch_size=7": set(),
+    "inference.start_timeout_s=7": set(),
+    "inference.env={A: '1'}": set(),
+    "training.start_timeout_s=7": set(),
+    "training.threads_per_worker=2": set(),
+    "serving.port=9000": set(),
+}
+
+
+def keys(*overrides: str) -> dict[str, str]:
+    run = Run(load_config(NANO, overrides), STAGES)
+    return {name: run.key(name) for name in ALL}
+
+
+@pytest.mark.parametrize(("override", "expected"), HANGS_ON.items(), ids=list(HANGS_ON))
+def test_a_setting_changes_the_keys_of_what_hangs_on_it_and_no_other(override, expected):
+    before, after = keys(), keys(override)
+    assert {name for name in ALL if before[name] != after[name]} == expected
+
+
+def test_the_reward_model_matters_online_only_where_it_scores():
+    before, after = (keys("online.scorer=reward", f"training.reward.lr={lr}") for lr in ("1e-3", "2e-3"))
+    assert {n for n in ALL if before[n] != after[n]} == {"train_reward", *FROM_ONLINE}
+
+
+def test_sft_matters_to_dpo_only_where_it_starts_from_it():
+    before, after = (keys("training.dpo.init=base", f"training.sft.lr={lr}") for lr in ("1e-3", "2e-3"))
+    assert {n for n in ALL if before[n] != after[n]} == {"train_sft", "evaluate", "report"}
+
+
+def test_a_changed_source_file_changes_every_key(tmp_path):
+    source = tmp_path / "speeches.csv"
+    before = keys(f"speeches.source={source}")
+    source.write_text("question\n")
+    there = keys(f"speeches.source={source}")
+    source.write_text("question\nmore\n")
+    after = keys(f"speeches.source={source}")
+    assert all(len({before[name], there[name], after[name]}) == 3 for name in ALL)
+
+
+def test_keys_are_the_same_in_another_process_and_differ_between_stages():
+    assert keys() == keys() and len(set(keys().values())) == len(ALL)
+
+
+class Toy:
+    """Two stages, the second on the first; each writes one file named after its setting."""
+
+    def __init__(self, folder: Path, gap: float = 1.0) -> None:
+        config = load_config(NANO, [f"pairs.min_gap={gap}"], str(folder))
+        first = Stage("first", lambda c: (), lambda c: {"pairs": c.pairs}, ("one", "two.txt"))
+        second = Stage("second", lambda c: ("first",), lambda c: {}, ("three",))
+        self.run = Run(config, (first, second))
+        self.run.open()
+        self.calls: list[str] = []
+
+    def body(self, text: str, **result: Any) -> Callable[[str], StageResult]:
+        def write(partial: str) -> StageResult:
+            self.calls.append(text)
+            for output in ("one/part", "two.txt", "three/part"):
+                storage.write_text(storage.join(partial, output), text)
+            return StageResult(**({"rows_in": 3, "rows_out": 3} | result))
+
+        return write
+
+    def text(self, *parts: str) -> str | None:
+        return storage.read_text(self.run.path(*parts))
+
+    def ledger(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.text("ledger.jsonl") or "").splitlines()]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return Toy(tmp_path / "run")
+
+
+def files(folder: str | Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_finished_stage_is_published_whole_and_skipped_the_next_time(toy):
+    manifest = toy.run.execute("first", toy.body("a", tokens=9, extra={"train": 2}))
+    assert (manifest["status"], manifest["rows_in"], manifest["tokens"], manifest["train"]) == ("done", 3, 9, 2)
+    again = toy.run.execute("first", toy.body("b"))
+    assert again["status"] == "skipped" and again["key"] == manifest["key"]
+    assert toy.calls == ["a"] and toy.text("one", "part") == toy.text("two.txt") == "a"
+    assert files(toy.run.root) == {
+        "config.yaml",
+        "ledger.jsonl",
+        "manifests/run.json",
+        "manifests/first.json",
+        "quarantine/first.jsonl",
+        "one/part",
+        "two.txt",
+    }
+
+
+def test_a_manifest_says_what_it_was_made_from(toy):
+    toy.run.execute("first", toy.body("a"))
+    toy.run.execute("second", toy.body("b"))
+    manifest = json.loads(toy.text("manifests", "second.json"))
+    assert manifest["inputs"] == {"first": toy.run.key("first")}
+    assert manifest["versions"]["pyarrow"] and manifest["seconds"] >= 0
+
+
+def test_a_lost_artifact_or_another_key_is_not_done(toy, tmp_path):
+    toy.run.execute("first", toy.body("a"))
+    toy.run.execute("second", toy.body("a"))
+    changed = Toy(tmp_path / "run", gap=0.5)
+    assert not changed.run.is_done("first") and not changed.run.is_done("second")
+    Path(toy.run.path("two.txt")).unlink()
+    assert not toy.run.is_done("first") and toy.run.is_done("second")
+
+
+def test_a_changed_stage_replaces_its_results(toy, tmp_path):
+    toy.run.execute("first", toy.body("old"))
+    changed = Toy(tmp_path / "run", gap=0.5)
+    assert changed.run.execute("first", changed.body("new"))["status"] == "done"
+    assert toy.text("one", "part") == toy.text("two.txt") == "new"
+    assert not any(".old" in name for name in files(toy.run.root))
+
+
+def test_an_input_that_is_not_done_is_named(toy):
+    with pytest.raises(BadInput, match="stage second needs stage first"):
+        toy.run.execute("second", toy.body("b"))
+    assert toy.calls == []
+
+
+@pytest.mark.parametrize(("rows_in", "rows_out", "left_out"), [(3, 2, 0), (3, 3, 1), (2, 3, 0)])
+def test_counts_that_do_not_balance_fail_and_publish_nothing(toy, rows_in, rows_out, left_out):
+    body = toy.body("a", rows_in=rows_in, rows_out=rows_out, quarantine=[{"reason": "r"}] * left_out)
+    with pytest.raises(StageFailed, match=f"{rows_in} in, {rows_out} out, {left_out} quarantined"):
+        toy.run.execute("first", body)
+    assert not toy.run.is_done("first")
+    assert toy.text("manifests", "first.json") is None and toy.text("one", "part") is None
+    assert [line["status"] for line in toy.ledger()] == ["StageFailed"]
+
+
+def test_every_row_left_out_is_in_the_quarantine_file(toy):
+    left_out = [{"row": 2, "reason": "no text in this row"}, {"row": 5, "reason": "exact duplicate"}]
+    manifest = toy.run.execute("first", toy.body("a", rows_in=5, quarantine=left_out))
+    assert manifest["quarantined"] == 2
+    assert [json.loads(line) for line in toy.text("quarantine", "first.jsonl").splitlines()] == left_out
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom"), BadInput("no")])
+def test_an_interrupted_stage_leaves_old_results_and_what_it_has(toy, tmp_path, error):
+    toy.run.execute("first", toy.body("old"))
+    changed = Toy(tmp_path / "run", gap=0.5)
+
+    def interrupted(partial: str) -> StageResult:
+        storage.write_text(storage.join(partial, "answers", "0"), "half")
+        raise error
+
+    with pytest.raises(type(error)):
+        changed.run.execute("first", interrupted)
+    assert toy.run.is_done("first") and not changed.run.is_done("first")
+    assert toy.text("one", "part") == toy.text("two.txt") == "old"
+    assert storage.read_text(storage.join(changed.run.partial("first"), "answers", "0")) == "half"
+    assert [line["status"] for line in toy.ledger()] == ["done", type(error).__name__]
+
+
+def test_what_an_interrupted_stage_has_is_kept_for_the_same_key_and_dropped_for_another(toy, tmp_path):
+    storage.write_text(storage.join(toy.run.partial("first"), "answers"), "half")
+    changed = Toy(tmp_path / "run", gap=0.5)
+    seen: list[bool] = []
+
+    def looking(partial: str) -> StageResult:
+        seen.append(storage.exists(storage.join(partial, "answers")))
+        raise RuntimeError
+
+    for run in (toy.run, changed.run):
+        with pytest.raises(RuntimeError):
+            run.execute("first", looking)
+    assert seen == [True, False]
+    assert not storage.exists(toy.run.partial("first"))
+
+
+@pytest.mark.parametrize("crash_at", ["run/two.txt", "quarantine/first.jsonl", "manifests/first.json"])
+def test_the_manifest_comes_last_whatever_the_moment_of_a_crash(toy, tmp_path, monkeypatch, crash_at):
+    toy.run.execute("first", toy.body("old"))
+    changed = Toy(tmp_path / "run", gap=0.5)
+
+    def dying(real: Callable[..., None], target: int) -> Callable[..., None]:
+        def act(*arguments: str) -> None:
+            if arguments[target].endswith(crash_at):
+                raise KeyboardInterrupt
+            real(*arguments)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish", dying(storage.publish, 1))
+        patch.setattr(storage, "write_text", dying(storage.write_text, 0))
+        with pytest.raises(KeyboardInterrupt):
+            changed.run.execute("first", changed.body("new"))
+    # old and new results may lie side by side now: neither configuration may take them for its own
+    assert toy.text("manifests", "first.json") is None
+    assert not toy.run.is_done("first") and not changed.run.is_done("first")
+    assert changed.run.execute("first", changed.body("newer"))["status"] == "done"
+    assert toy.text("one", "part") == toy.text("two.txt") == "newer"
+
+
+def test_a_full_disk_leaves_no_half_written_file(toy, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def half(self: Path, text: str, encoding: str | None = None) -> int:
+        self.write_bytes(text.encode()[: len(text) // 2])
+        raise full
+
+    before = files(toy.run.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(OSError) as caught:
+            toy.run.execute("first", toy.body("a text"))
+        assert caught.value is full
+    assert files(toy.run.root) == before | {"ledger.jsonl"}
+    assert [line["status"] for line in toy.ledger()] == ["OSError"]
+
+
+def test_every_try_is_a_line_of_the_ledger(toy):
+    with pytest.raises(StageFailed):
+        toy.run.execute("first", toy.body("a", rows_out=1))
+    toy.run.execute("first", toy.body("a", tokens=12))
+    toy.run.execute("first", toy.body("a"))
+    toy.run.execute("second", toy.body("b"))
+    lines = toy.ledger()
+    assert [(line["stage"], line["status"], line["tokens"]) for line in lines] == [
+        ("first", "StageFailed", 0),
+        ("first", "done", 12),
+        ("second", "done", 0),
+    ]
+    assert set(lines[0]) == {"time", "stage", "status", "seconds", "tokens", "cost"}
+
+
+@pytest.mark.parametrize("found", [json.dumps({"format": FORMAT + 1}), "{}", "not JSON", "[]"])
+def test_a_folder_of_another_format_is_refused_and_left_alone(tmp_path, found):
+    stamp = tmp_path / "run" / "manifests" / "run.json"
+    stamp.parent.mkdir(parents=True)
+    stamp.write_text(found)
+    with pytest.raises(BadInput, match=r"has format .* choose another --run-dir"):
+        Toy(tmp_path / "run")
+    assert files(tmp_path) == {"run/manifests/run.json"} and stamp.read_text() == found
+
+
+def test_a_run_folder_that_is_a_file_or_lies_below_one(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(BadInput, match="choose another --run-dir"):
+            Toy(folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_opening_a_run_again_keeps_what_is_there(toy, tmp_path):
+    toy.run.execute("first", toy.body("a"))
+    assert Toy(tmp_path / "run").run.is_done("first")

@@ -1,0 +1,173 @@
+"""Files of a run folder: whole or not at all, on a local path and on a store that knows no folders."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+
+from psycho import storage
+from psycho.config import Config
+from psycho.errors import BadInput
+from psycho.run import Run, Stage, StageResult
+
+TABLE = pa.table({"id": ["a", "b"], "n": [1, 2]})
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`mem://bucket`: an object store in memory behind pyarrow."""
+    memory = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("memory", skip_instance_cache=True)))
+    real = storage.resolve
+
+    def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+        return (memory, uri.removeprefix("mem:/")) if uri.startswith("mem://") else real(uri)
+
+    monkeypatch.setattr(storage, "resolve", resolve)
+    memory.create_dir("/bucket")
+    yield "mem://bucket"
+    memory.delete_dir("/bucket")
+
+
+@pytest.fixture(params=["local", "store"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("store")
+
+
+@pytest.mark.parametrize(
+    ("uri", "remote"), [("runs/a", False), ("/runs/a", False), ("file:///a", False), ("s3://b/a", True), ("gs://b", True)]
+)
+def test_what_is_remote(uri, remote):
+    assert storage.is_remote(uri) is remote
+
+
+def test_join_adds_one_slash():
+    assert storage.join("s3://b/a/", "x", "y") == storage.join("s3://b/a", "x", "y") == "s3://b/a/x/y"
+
+
+def test_text_comes_back_and_what_is_not_there_is_none(root):
+    uri = storage.join(root, "deep", "er", "a.txt")
+    assert storage.read_text(uri) is None and not storage.exists(uri)
+    for text in ("héllo\n", "", "other"):
+        storage.write_text(uri, text)
+        assert storage.read_text(uri) == text and storage.exists(uri)
+
+
+def test_lines_are_added(root):
+    for line in ("one", "two"):
+        storage.append_line(storage.join(root, "ledger.jsonl"), line)
+    assert storage.read_text(storage.join(root, "ledger.jsonl")) == "one\ntwo\n"
+
+
+def test_tables_come_back_with_the_columns_asked_for(root):
+    folder = storage.join(root, "rows")
+    storage.write_table(TABLE, folder)
+    assert storage.read_table(folder) == TABLE
+    assert storage.read_table(folder, columns=["n"]) == TABLE.select(["n"])
+
+
+def test_an_empty_folder_is_a_sentence_or_an_empty_table(root):
+    folder = storage.join(root, "rows")
+    assert list(storage.parquet_files(folder)) == []
+    with pytest.raises(BadInput, match="holds no Parquet file; run the stage"):
+        storage.read_table(folder)
+    assert storage.read_table(folder, schema=TABLE.schema).num_rows == 0
+
+
+def test_remove_takes_files_and_folders_and_minds_nothing_missing(root):
+    storage.write_text(storage.join(root, "a", "b.txt"), "x")
+    storage.write_text(storage.join(root, "c.txt"), "x")
+    for name in ("a", "c.txt", "never"):
+        storage.remove(storage.join(root, name))
+        assert not storage.exists(storage.join(root, name))
+
+
+def test_publish_replaces_a_folder_and_a_file_whole(root):
+    for text in ("old", "new"):
+        storage.write_text(storage.join(root, ".partial", "rows", text), text)
+        storage.write_text(storage.join(root, ".partial", "page.html"), text)
+        for name in ("rows", "page.html"):
+            storage.publish(storage.join(root, ".partial", name), storage.join(root, name))
+            assert not storage.exists(storage.join(root, ".partial", name))
+    assert storage.read_text(storage.join(root, "page.html")) == "new"
+    assert storage.read_text(storage.join(root, "rows", "new")) == "new"
+    assert storage.read_text(storage.join(root, "rows", "old")) is None
+
+
+def test_publish_leaves_nothing_else_behind(tmp_path):
+    for text in ("old", "new"):
+        storage.write_text(str(tmp_path / "aside" / "a"), text)
+        storage.publish(str(tmp_path / "aside"), str(tmp_path / "rows"))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+@pytest.mark.parametrize("failing", ["write_text", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    uri = str(tmp_path / "a.txt")
+    storage.write_text(uri, "old")
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        if failing == "write_text":
+            self.write_bytes(b"ne")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, failing, full)
+        with pytest.raises(OSError, match="No space left"):
+            storage.write_text(uri, "new")
+    assert storage.read_text(uri) == "old" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_cut_short_by_a_crash_is_dropped_and_the_others_kept(root):
+    folder = storage.join(root, "answers")
+    for part in ("0", "1"):
+        storage.write_table(TABLE, storage.join(folder, part))
+    fs, path = storage.resolve(storage.join(folder, "1", "part-0.parquet"))
+    with fs.open_input_stream(path) as stream:
+        whole = stream.read()
+    with fs.open_output_stream(path) as stream:
+        stream.write(whole[: len(whole) // 2])
+    assert storage.read_finished(folder) == [TABLE]
+    assert len(list(storage.parquet_files(folder))) == 1
+
+
+def test_a_local_copy_is_the_folder_itself_or_made_once(tmp_path, store):
+    assert storage.local_copy(str(tmp_path), tmp_path / "cache") == str(tmp_path)
+    storage.write_text(storage.join(store, "model", "config.json"), "{}")
+    copy = storage.local_copy(storage.join(store, "model"), tmp_path / "cache")
+    assert Path(copy, "config.json").read_text() == "{}"
+    storage.write_text(storage.join(store, "model", "config.json"), "changed")
+    assert storage.local_copy(storage.join(store, "model"), tmp_path / "cache") == copy
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(copy).name]
+    assert Path(copy, "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("uri", ["nowhere://bucket/run", "://run"])
+def test_an_unknown_scheme_is_a_sentence(uri):
+    with pytest.raises(BadInput, match="check the scheme"):
+        storage.resolve(uri)
+
+
+def test_a_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.resolve("~/run")[1] == str(tmp_path / "run")
+
+
+def test_a_whole_run_on_an_object_store(store):
+    run = Run(Config(run_dir=store), (Stage("first", lambda c: (), lambda c: {}, ("rows", "page.html")),))
+
+    def body(partial: str) -> StageResult:
+        storage.write_table(TABLE, storage.join(partial, "rows"))
+        storage.write_text(storage.join(partial, "page.html"), "<p>")
+        return StageResult(rows_in=3, rows_out=2, quarantine=[{"row": 3, "reason": "empty"}])
+
+    run.open()
+    assert run.execute("first", body)["status"] == "done" and run.execute("first", body)["status"] == "skipped"
+    assert storage.read_table(run.path("rows")) == TABLE and storage.read_text(run.path("page.html")) == "<p>"
+    assert not storage.exists(run.partial("first"))

@@ -1,0 +1,368 @@
+"""The loop on real DeepSpeed and real process groups: one rank in this process, two under Ray Train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from psycho import storage
+from psycho.config import DPOConfig, LoopConfig, RewardConfig, SFTConfig, TrainingConfig
+from psycho.errors import BadInput, StageFailed
+from psycho.training.launch import TrainJob, read_history, read_rows, train
+from psycho.training.loop import Trainer, setup_worker, write_history
+
+SPEECHES = (
+    "My partner left and I feel lost.",
+    "I cannot sleep. Work is too much and my boss shouts at me when I come late.",
+    "I drink again.",
+    "My mother calls me every day and I do not know what to say to her.",
+)
+GOOD = ("That sounds painful. What do you miss?", "You carry a lot. What would help you?", "You noticed it.")
+BAD = ("Cheer up.", "Just find another job and stop it, it is not that hard to do.")
+ROWS = 11  # neither 8 nor 4 nor 2 divides it
+BASE = TrainingConfig(
+    workers=1,
+    cpus_per_worker=0.5,
+    gpus_per_worker=0,
+    device="cpu",
+    precision="fp32",
+    zero_stage=0,
+    threads_per_worker=1,
+    max_length=128,
+    start_timeout_s=300,
+    collective_timeout_s=120,
+)
+SETTINGS: dict[str, LoopConfig] = {
+    "sft": SFTConfig(lr=1e-2, batch_size=8, epochs=2, prompt_loss_weight=0.2),
+    "reward": RewardConfig(lr=1e-2, batch_size=8, epochs=2),
+    "dpo": DPOConfig(lr=1e-3, batch_size=8, epochs=2, nll_weight=0.1),
+}
+Weights = dict[str, torch.Tensor]
+
+
+def _rows(kind: str, count: int = ROWS) -> list[dict[str, Any]]:
+    turns = list(islice(zip(cycle(SPEECHES), cycle(GOOD), cycle(BAD), strict=False), count))
+    if kind == "sft":
+        talks = [[{"role": "user", "content": s}, {"role": "assistant", "content": g}] for s, g, _ in turns]
+        return [{"id": str(i), "messages": json.dumps(talk)} for i, talk in enumerate(talks)]
+    return [{"id": str(i), "question": s, "chosen": g, "rejected": b} for i, (s, g, b) in enumerate(turns)]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    setup_worker(BASE)
+    yield
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+def _fit(kind: str, model: str, folder: Path, training: TrainingConfig = BASE, **changes: Any) -> list[dict[str, float]]:
+    """Train in this process and save; the history."""
+    trainer = Trainer(kind, model, SETTINGS[kind].model_copy(update=changes), training, seed=0)
+    examples, too_long = trainer.examples(_rows(kind))
+    assert not too_long
+    history = trainer.fit(examples, seed=0)
+    trainer.save(str(folder))
+    trainer.close()
+    return history
+
+
+def _weights(folder: Path | str) -> Weights:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def _assert_same(one: Weights, other: Weights, tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def _distance(one: Weights, other: Weights) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one if name in other)
+
+
+@pytest.fixture(scope="module")
+def whole(one_rank: None, tiny_llama: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each kind trained in whole batches: folder and history, to compare others with."""
+    made: dict[str, Any] = {}
+    for kind in SETTINGS:
+        folder = tmp_path_factory.mktemp("whole") / kind
+        made[kind] = (folder, _fit(kind, tiny_llama(0), folder))
+    return made
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("micro", [1, 3])
+def test_one_batch_of_8_is_8_of_1(
+    kind: str, micro: int, whole: dict[str, Any], tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    """Also in the last batch of an epoch, which is short, and over texts of unequal length."""
+    history = _fit(kind, tiny_llama(0), tmp_path / "out", micro_batch_size=micro)
+    folder, expected = whole[kind]
+    assert _distance(_weights(tiny_llama(0)), _weights(folder)) > 1e-3
+    _assert_same(_weights(tmp_path / "out"), _weights(folder), 1e-5)
+    for ours, theirs in zip(history, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_statistics_say_what_happened(kind: str, whole: dict[str, Any]) -> None:
+    _, history = whole[kind]
+    assert [row["step"] for row in history] == [0, 1, 2, 3]
+    assert [row["lr"] for row in history] == sorted((row["lr"] for row in history), reverse=True)
+    assert history[-1]["loss"] < history[0]["loss"]
+    if kind != "sft":
+        assert 0 <= history[0]["accuracy"] <= 1
+        assert history[-1]["margin"] > 0
+    if kind == "dpo":
+        assert history[0]["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_tokens_of_an_epoch_are_those_of_its_examples(whole: dict[str, Any], nano_tokenizer: Any) -> None:
+    from psycho.training.examples import encode_conversation
+
+    count = sum(len(encode_conversation(nano_tokenizer, json.loads(row["messages"])).ids) for row in _rows("sft"))
+    assert sum(row["tokens"] for row in whole["sft"][1]) == 2 * count
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_zero_stages_agree(
+    stage: int, kind: str, whole: dict[str, Any], tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    _fit(kind, tiny_llama(0), tmp_path / "out", BASE.model_copy(update={"zero_stage": stage}), micro_batch_size=2)
+    _assert_same(_weights(tmp_path / "out"), _weights(whole[kind][0]), 1e-5)
+
+
+def test_an_sft_step_is_the_mean_over_its_weights(one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """The loss of a batch is not a mean of the means of its micro-batches."""
+    trainer = Trainer("sft", tiny_llama(0), SETTINGS["sft"].model_copy(update={"micro_batch_size": 3}), BASE, seed=0)
+    examples, _ = trainer.examples(_rows("sft", 8))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(0))
+    total, weights = 0.0, 0.0
+    with torch.no_grad():
+        for example in examples:
+            loss, parts = trainer.objective.sums(model, [example])
+            total, weights = total + loss.item(), weights + parts["loss_weight"].item()
+    first = trainer.fit(examples, seed=0)[0]
+    trainer.close()
+    assert first["loss"] == pytest.approx(total / weights, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_what_is_saved_is_what_was_trained(
+    kind: str, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    """transformers and a fresh Trainer read the folder back to the same logits, tied weights included."""
+    trainer = Trainer(kind, tiny_llama(0), SETTINGS[kind], BASE, seed=0)
+    examples, _ = trainer.examples(_rows(kind))
+    trainer.fit(examples, seed=0)
+    trainer.save(str(tmp_path / "out"))
+    ids = trainer.tokenizer(SPEECHES[1], return_tensors="pt").input_ids
+    trainer.engine.eval()
+    with torch.no_grad():
+        expected = trainer.engine(input_ids=ids).logits
+    trainer.close()
+    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "out").eval()
+    again = Trainer(kind, str(tmp_path / "out"), SETTINGS[kind], BASE, seed=1)
+    again.engine.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(again.engine(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
+    assert again.tokenizer.chat_template == trainer.tokenizer.chat_template
+    again.close()
+
+
+def test_the_reference_is_the_model_a_round_starts_from(
+    one_rank: None, tiny_llama: Callable[..., str]
+) -> None:
+    """Online DPO fits again and again: each time the first loss is ln 2 anew, whatever was trained before."""
+    settings = SETTINGS["dpo"].model_copy(update={"epochs": 1, "nll_weight": 0.0})
+    trainer = Trainer("dpo", tiny_llama(0), settings, BASE, seed=0)
+    examples, _ = trainer.examples(_rows("dpo"))
+    first, second = trainer.fit(examples, seed=0), trainer.fit(examples, seed=1)
+    trainer.close()
+    for history in (first, second):
+        assert history[0]["loss"] == pytest.approx(0.6931472, abs=1e-4)
+        assert history[-1]["margin"] > 0
+
+
+def test_the_seed_makes_the_training(one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """The reward head is drawn by seed: the same seed gives the same model to the last bit, another another."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer = Trainer("reward", tiny_llama(0), SETTINGS["reward"], BASE, seed)
+        trainer.fit(trainer.examples(_rows("reward"))[0], seed)
+        trainer.save(str(tmp_path / name))
+        trainer.close()
+    _assert_same(_weights(tmp_path / "a"), _weights(tmp_path / "b"), 0.0)
+    assert _distance(_weights(tmp_path / "a"), _weights(tmp_path / "c")) > 1e-3
+
+
+def test_rows_over_the_maximal_length_are_named(one_rank: None, tiny_llama: Callable[..., str]) -> None:
+    """A pair is as long as its longer side."""
+    trainer = Trainer("dpo", tiny_llama(0), SETTINGS["dpo"], BASE.model_copy(update={"max_length": 32}), seed=0)
+    rows = _rows("dpo", 4)
+    rows[1] = rows[1] | {"rejected": "I see. " * 30}
+    rows[3] = rows[3] | {"chosen": "I see. " * 30}
+    kept, too_long = trainer.examples(rows)
+    trainer.close()
+    assert too_long == [1, 3]
+    assert len(kept) == 2
+
+
+def test_write_history_reads_back(tmp_path: Path) -> None:
+    write_history(str(tmp_path / "out"), [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.25}])
+    assert read_history(str(tmp_path / "out")) == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.25}]
+
+
+# Under Ray Train: starting a group is what costs, so each of these starts one and asks all it can of it.
+
+LONG = {"id": "long", "messages": json.dumps([{"role": "user", "content": "a b " * 200}] * 2)}
+
+
+def _two_jobs(root: Path, model: str, batch: int = 4, micro: int | None = 1) -> list[TrainJob]:
+    """SFT and then DPO from its result; 2 workers, batches of 4 in micro-batches of 1, the last batch holds 3."""
+    rows = _rows("sft")
+    rows.insert(5, LONG)
+    storage.write_table(pa.Table.from_pylist(rows), str(root / "data" / "sft"))
+    storage.write_table(pa.Table.from_pylist(_rows("dpo")), str(root / "data" / "dpo"))
+    jobs, start = [], model
+    for kind in ("sft", "dpo"):
+        settings = SETTINGS[kind].model_copy(update={"batch_size": batch, "micro_batch_size": micro, "epochs": 1})
+        jobs.append(TrainJob(kind, start, str(root / "data" / kind), str(root / kind), settings, seed=0, name=kind))
+        start = str(root / kind)
+    return jobs
+
+
+def _here(jobs: list[TrainJob]) -> None:
+    """The same jobs by the rank in this process."""
+    for job in jobs:
+        trainer = Trainer(job.kind, job.model, job.settings, BASE, job.seed)
+        examples, _ = trainer.examples(read_rows(job.data))
+        history = trainer.fit(examples, job.seed)
+        trainer.save(job.output)
+        write_history(job.output, history)
+        trainer.close()
+
+
+def _check_two_workers(stage: int, model: str, tmp_path: Path) -> None:
+    jobs = _two_jobs(tmp_path / "two", model)
+    train(jobs, BASE.model_copy(update={"workers": 2, "zero_stage": stage}), None, str(tmp_path / "two" / "ray"))
+    expected = _two_jobs(tmp_path / "one", model, micro=None)
+    _here(expected)
+    for ours, theirs in zip(jobs, expected, strict=True):
+        _assert_same(_weights(ours.output), _weights(theirs.output), 1e-4)
+        _assert_histories(read_history(ours.output), read_history(theirs.output))
+    assert _distance(_weights(jobs[0].output), _weights(jobs[1].output)) > 1e-4
+    assert json.loads(Path(jobs[0].output, "too_long.json").read_text()) == [5]
+    assert json.loads(Path(jobs[1].output, "too_long.json").read_text()) == []
+    assert not Path(tmp_path / "two" / "ray").exists()
+
+
+def _assert_histories(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    assert len(ours) == 3
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, abs=1e-3)
+
+
+def test_two_workers_are_one(one_rank: None, local_ray: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """Weights and statistics, where a batch does not divide and a rank is left with an empty micro-step."""
+    _check_two_workers(2, tiny_llama(0), tmp_path)
+
+
+@pytest.mark.slow
+def test_two_workers_are_one_under_zero_3(
+    one_rank: None, local_ray: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    _check_two_workers(3, tiny_llama(0), tmp_path)
+
+
+def test_a_workers_error_is_named(local_ray: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """One rank's own error, not the connection that the other rank loses by it."""
+    storage.write_table(pa.Table.from_pylist([{"id": "0", "speech": "no such column"}]), str(tmp_path / "data"))
+    job = TrainJob("sft", tiny_llama(0), str(tmp_path / "data"), str(tmp_path / "out"), SETTINGS["sft"], seed=0)
+    with pytest.raises(StageFailed, match=r"KeyError: 'messages'"):
+        train([job], BASE.model_copy(update={"workers": 2}), None, str(tmp_path / "ray"))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "ray").exists()
+
+
+class _RanksFailed(Exception):
+    """As Ray Train's: one exception a rank."""
+
+    def __init__(self, worker_failures: dict[int, BaseException]) -> None:
+        super().__init__("Training failed due to worker errors:\n[Error on rank 0]\n[Error on rank 1]: Connection closed")
+        self.worker_failures = worker_failures
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("own", "expected", "sentence"),
+    [
+        (ValueError("row 3 is odd\nand more"), StageFailed, "ValueError: row 3 is odd$"),
+        (BadInput("model x has no chat template"), BadInput, "^model x has no chat template$"),
+        (OSError(28, "No space left on device"), BadInput, "disk is full"),
+    ],
+)
+def test_the_rank_that_failed_first_is_named(
+    rank: int,
+    own: Exception,
+    expected: type[Exception],
+    sentence: str,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Whichever rank it was: the other only says that its connection was lost."""
+    from ray.train.torch import TorchTrainer
+
+    lost = RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    def fail(self: Any) -> None:
+        raise _RanksFailed({rank: own, 1 - rank: lost})
+
+    monkeypatch.setattr(TorchTrainer, "fit", fail)
+    with pytest.raises(expected, match=sentence):
+        train([], BASE, None, str(tmp_path / "ray"))
+
+
+def test_more_workers_than_the_cluster_holds_are_refused(local_ray: None, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"asks for 4\.5 CPU .*lower training\.workers"):
+        train([], BASE.model_copy(update={"workers": 9}), None, str(tmp_path / "ray"))
+    with pytest.raises(BadInput, match="1 GPU"):
+        train([], BASE.model_copy(update={"gpus_per_worker": 1}), None, str(tmp_path / "ray"))
+
+
+def test_workers_that_do_not_come_are_not_waited_for_for_ever(local_ray: None, tmp_path: Path) -> None:
+    """The CPUs are there and taken: Ray Train by itself would ask for ever."""
+    import ray
+
+    holder = ray.remote(num_cpus=4)(_Holder).remote()
+    ray.get(holder.here.remote())
+    try:
+        with pytest.raises(StageFailed, match="timed out"):
+            train([], BASE.model_copy(update={"start_timeout_s": 0.5}), None, str(tmp_path / "ray"))
+    finally:
+        ray.kill(holder)
+
+
+class _Holder:
+    """Holds CPUs."""
+
+    def here(self) -> bool:
+        return True
