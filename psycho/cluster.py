@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
-import ray
 
 from psycho.config import ClusterConfig
 from psycho.errors import BadInput
 
+AUTOSCALING = "PSYCHO_AUTOSCALING"  # set while a job runs whose cluster grows
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -38,11 +38,14 @@ def ray_session(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     Raises:
         BadInput: the named cluster does not answer, or a local run has too little memory.
     """
+    import ray
+
     if ray.is_initialized():
         yield
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ[AUTOSCALING] = "1" if config.autoscaling else "0"
     if not verbose:
         _silence_libraries()
     address = config.address or os.environ.get("RAY_ADDRESS")

@@ -244,6 +244,7 @@ class ClusterConfig(Section):
     """How a job finds or starts Ray. `address` none: RAY_ADDRESS, else a Ray of its own."""
 
     address: str | None = None
+    autoscaling: bool = Field(False, description="nodes come when asked for: what is missing now is no error")
     local_cpus: int | None = Field(None, ge=1)
     object_store_gib: float | None = Field(None, gt=0)
     min_memory_gib: float = Field(0.0, ge=0, description="free memory that a local run needs")

@@ -1,26 +1,13 @@
 """What a run would do, before it does anything: rows, requests, steps, GPUs and memory of every stage (`--dry-run`).
 
 It reads the configuration, counts the speech file's rows and reads the run folder's manifests; it touches nothing.
-Memory is estimated from the number of parameters alone, with every sequence as long as it may be. With P parameters
-and N workers:
-
-- model states of training in bf16 with Adam, bytes (Rajbhandari et al. 2020, ZeRO, section 5): weights 2P, gradients
-  2P, optimizer 12P (fp32 weights and two moments); stage 1 divides the optimizer by N, stage 2 the gradients too,
-  stage 3 the weights too. In fp32: 4P + 4P + 8P. Offloading moves the optimizer to the host.
-- DeepSpeed's own buffers: a bucket of 5e8 gradients from stage 1 on, up to 1e9 gathered weights at stage 3.
-- activations in 16 bits: 34 bytes per token, layer and hidden unit, attention matrix not stored (Korthikanti et al.
-  2022, equation 1); with gradient checkpointing 2 bytes, and 34 of the one layer that is recomputed. Logits of
-  language models: 14 bytes per token and entry of the vocabulary (16 bits, then fp32, log-softmax, gradient).
-- inference: weights / tensor parallel, the KV cache of one sequence of max_model_len, and 2 GiB of the engine's own.
-- hidden width h and L layers from P = 12 L h^2 with h = 128 L (Kaplan et al. 2020); keys and values h/4 wide (GQA).
+Memory is estimated in `memory.py`.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,35 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 from psycho import storage
-from psycho.config import Config, EngineConfig, JudgeConfig, LoopConfig, SamplingConfig, TrainingConfig
+from psycho.config import Config, EngineConfig, JudgeConfig, LoopConfig, SamplingConfig
 from psycho.errors import BadInput
+from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
 from psycho.run import Run
 from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge
 
-GIB = 2**30
 CARDS_GIB = (24, 48, 80)
 PAPER_SPEECHES = 26_483
-NANO_PARAMETERS_B = 0.0009
 _GAP_Z = 1.183  # gaps as half a normal curve: 23.7 % reach 1.0 (paper: 34,329 pairs of 24,159 speeches x 6)
 _CHARS_PER_TOKEN, _RUBRIC_TOKENS = 4, 700
-_VOCABULARY, _DEFAULT_MODEL_LEN = 152_064, 8192  # Qwen2.5's, the larger of the usual two
-_CONTEXT_GIB, _ENGINE_GIB = 1.0, 2.0
-
-
-@dataclass(frozen=True)
-class Load:
-    """Workers of one kind: a vLLM engine or a training rank each. Memory is None where the size is unknown."""
-
-    model: str
-    workers: int
-    gpus: float
-    """A worker's GPUs; 0 on CPUs, where all memory is the host's."""
-    gib: float | None
-    """GPU memory needed on each of its GPUs."""
-    host_gib: float | None = 0.0
-    """Host memory of one worker."""
-    reserved: float | None = None
-    """Share of a card that vLLM takes whatever it needs."""
 
 
 @dataclass(frozen=True)
@@ -234,115 +202,6 @@ def expected_pairs(speeches: int, responses: int, min_gap: float, limit: int | N
     return round(speeches * min(each, limit or each))
 
 
-def parameters_b(config: Config, model: str) -> float | None:
-    """Size in 10^9 parameters: as configured, else from the name (`8B`, `360M`), else from a folder's weights."""
-    known = {entry.model: entry.parameters_b for entry in config.generation.pool}
-    for judge in _judges(config):
-        known |= {judge.model: judge.parameters_b} if judge.parameters_b else {}
-    known |= {config.policy: config.policy_parameters_b} if config.policy_parameters_b else {}
-    if model.startswith("nano:"):
-        return NANO_PARAMETERS_B
-    return known.get(model) or size_of_name(Path(model).name) or _size_of_folder(Path(model).expanduser())
-
-
-def size_of_name(name: str) -> float | None:
-    """`Qwen2.5-0.5B-Instruct` is 0.5, `SmolLM2-360M` 0.36, `8x7B` 56 (an upper bound), `Phi-3.5-mini` unknown."""
-    found = re.search(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name.lower())
-    return int(found[1] or 1) * float(found[2]) * (1 if found[3] == "b" else 1e-3) if found else None
-
-
-def _size_of_folder(folder: Path) -> float | None:
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if not stored:
-        return None
-    text = (folder / "config.json").read_text(encoding="utf-8") if (folder / "config.json").is_file() else "{}"
-    facts = json.loads(text)
-    return stored / (4 if "float32" in (facts.get("dtype"), facts.get("torch_dtype")) else 2) / 1e9
-
-
-def zero_gib(size_b: float, workers: int, stage: int, precision: str = "bf16") -> tuple[float, float, float]:
-    """Weights, gradients and optimizer states on one worker (Rajbhandari et al. 2020, section 5)."""
-    bytes_each = (2, 2, 12) if precision == "bf16" else (4, 4, 8)
-    divided = (stage >= 3, stage >= 2, stage >= 1)
-    weights, gradients, optimizer = (
-        size_b * 1e9 * b / GIB / (workers if split else 1) for b, split in zip(bytes_each, divided, strict=True)
-    )
-    return weights, gradients, optimizer
-
-
-def shape(size_b: float) -> tuple[float, float]:
-    """Hidden width and layers of a dense transformer of this size."""
-    hidden = (size_b * 1e9 * 128 / 12) ** (1 / 3)
-    return hidden, hidden / 128
-
-
-def activation_gib(size_b: float, tokens: int, training: TrainingConfig, logits: bool) -> float:
-    """Activations and, for language models, logits of one micro-batch of so many tokens."""
-    hidden, layers = shape(size_b)
-    vocabulary = min(_VOCABULARY, size_b * 1e9 / hidden)  # an embedding is no larger than its model
-    kept = 2 * layers + 34 if training.gradient_checkpointing else 34 * layers
-    scale = 1 if training.precision == "bf16" else 2
-    return tokens * (kept * hidden * scale + (14 * vocabulary if logits else 0)) / GIB
-
-
-def training_load(config: Config, model: str, settings: LoopConfig, pairs: bool, logits: bool = True) -> Load:
-    """The ranks of one training; each also reads the whole model through its host's memory."""
-    training, size_b = config.training, parameters_b(config, model)
-    if size_b is None:
-        return Load(model, training.workers, training.gpus_per_worker, None, None)
-    stage, width = training.zero_stage, 2 if training.precision == "bf16" else 4
-    weights, gradients, optimizer = zero_gib(size_b, training.workers, stage, training.precision)
-    offloaded = optimizer if training.offload_optimizer else 0.0
-    bucket = 5e8 if training.gpus_per_worker else min(5e8, size_b * 1e9)  # a CPU only pays for pages it writes
-    buffers = (bucket * (stage >= 1) + min(1e9, size_b * 1e9) * (stage == 3)) * width / GIB
-    micro = settings.micro_batch_size or -(-settings.batch_size // training.workers)
-    work = activation_gib(size_b, micro * (2 if pairs else 1) * training.max_length, training, logits)
-    total = weights + gradients + optimizer - offloaded + buffers + work + _CONTEXT_GIB
-    if not training.gpus_per_worker:
-        return Load(model, training.workers, 0, 0.0, total)
-    host = size_b * 1e9 * width / GIB + offloaded
-    return Load(model, training.workers, training.gpus_per_worker, total, host)
-
-
-def engine_gib(size_b: float, engine: EngineConfig) -> float:
-    """Least memory of an engine on each of its GPUs: weights, one whole sequence's KV cache, its own needs."""
-    hidden, layers = shape(size_b)
-    width = 4 if engine.dtype == "float32" else 2
-    cache = 2 * layers * hidden / 4 * width * (engine.max_model_len or _DEFAULT_MODEL_LEN)
-    return (size_b * 1e9 * width + cache) / engine.tensor_parallel_size / GIB + _ENGINE_GIB
-
-
-def engine_load(config: Config, model: str, engine: EngineConfig | None, gpus: float | None) -> Load:
-    """The vLLM workers that hold `model`; a model's or judge's own engine and GPUs replace those of inference."""
-    used = engine or config.inference.engine
-    gpus = config.inference.gpus_per_worker if gpus is None else gpus
-    size_b = parameters_b(config, model)
-    need = None if size_b is None else engine_gib(size_b, used)
-    if not gpus:
-        return Load(model, config.inference.workers, 0, 0.0, need)
-    return Load(model, config.inference.workers, gpus, need, reserved=used.gpu_memory_utilization)
-
-
-def phase_gib(phase: tuple[Load, ...]) -> float | None:
-    """Memory on the fullest GPU: loads that ask for a share of one are taken to meet on the same card."""
-    if any(load.gib is None for load in phase):
-        return None
-    together = sum(_copies(load) * (load.gib or 0) for load in phase if load.gpus < 1)
-    return max([together, *((load.gib or 0) for load in phase if load.gpus >= 1)])
-
-
-def fits(phase: tuple[Load, ...], card_gib: float) -> bool:
-    """True when every load fits: an engine in the share that it reserves, training in what is left."""
-    if any(load.gib is None or load.gib > card_gib * (load.reserved or 1) for load in phase):
-        return False
-    taken = [_copies(x) * (x.reserved * card_gib if x.reserved else x.gib or 0) for x in phase if 0 < x.gpus < 1]
-    return sum(taken) <= card_gib
-
-
-def _copies(load: Load) -> int:
-    return min(load.workers, int(1 / load.gpus + 1e-6)) if load.gpus else 0
-
-
 def _tokens(config: Config, sampling: SamplingConfig) -> tuple[int, int]:
     """Tokens of a prompt (a speech of middling length and the template) and of an answer (half its limit)."""
     speech = (config.speeches.min_chars + config.speeches.max_chars) // 2 + len(config.generation.system_prompt or "")
@@ -446,13 +305,9 @@ def _warnings(config: Config, speeches: str, stages: Sequence[StagePlan]) -> Ite
     if unknown := [model for model, load in loads.items() if load.gib is None or load.host_gib is None]:
         yield f"size unknown of {', '.join(unknown)}: give parameters_b"
     engines = [(m.name, m.engine, m.gpus_per_worker) for m in config.generation.pool]
-    engines += [(judge.model, judge.engine, judge.gpus_per_worker) for judge in _judges(config)]
+    engines += [(judge.model, judge.engine, judge.gpus_per_worker) for judge in judges(config)]
     for name, engine, gpus in [("inference", None, None), *engines]:
         split = (engine or config.inference.engine).tensor_parallel_size
         held = config.inference.gpus_per_worker if gpus is None else gpus
         if split > max(1, held):
             yield f"{name}: tensor_parallel_size is {split} but gpus_per_worker is {held:g}; give it {split}"
-
-
-def _judges(config: Config) -> list[JudgeConfig]:
-    return [judge for judge in (config.judge, config.evaluation.judge) if judge]

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -20,7 +19,6 @@ from rich.progress import Progress as Bar
 _LINE_EVERY_S = 20.0
 
 
-@ray.remote(num_cpus=0)
 class _Counter:
     """Rows and tokens done, by stage."""
 
@@ -65,7 +63,9 @@ class Progress:
     def stage(self, name: str, total: int, unit: str = "rows") -> Iterator[Reporter]:
         """Show the progress of one stage while the block runs."""
         if self._counter is None:
-            self._counter = _Counter.remote()  # type: ignore[attr-defined]
+            import ray  # here, so that a dry run needs no Ray
+
+            self._counter = ray.remote(num_cpus=0)(_Counter).remote()
         stop = threading.Event()
         watch = self._draw if self.console.is_terminal else self._log
         thread = threading.Thread(target=watch, args=(name, total, unit, stop), daemon=True)
@@ -77,6 +77,8 @@ class Progress:
             thread.join(timeout=5)
 
     def _read(self, name: str) -> tuple[int, int, str]:
+        import ray
+
         try:
             return ray.get(self._counter.read.remote(name), timeout=5)
         except Exception:  # the display must never end the work it shows

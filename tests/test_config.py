@@ -130,7 +130,9 @@ def test_impossible_values(tree, parts):
 
 
 def test_as_many_models_as_the_pool_holds_is_possible():
-    assert build_config({"generation": {"models_per_speech": 3, "pool": pool(3)}}, "x").generation.models_per_speech == 3
+    assert (
+        build_config({"generation": {"models_per_speech": 3, "pool": pool(3)}}, "x").generation.models_per_speech == 3
+    )
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def command(monkeypatch: pytest.MonkeyPatch, code: int = 0) -> tuple[typer.Typer
 def test_options_reach_the_job(monkeypatch, tmp_path):
     app, seen = command(monkeypatch)
     assert CliRunner().invoke(app, []).exit_code == 0
-    arguments = "--config a.yaml --set seed=1 --set pairs.min_gap=0.5 --run-dir s3://b/run --dry-run -v".split()
+    sets = ["--set", "seed=1", "--set", "pairs.min_gap=0.5"]
+    arguments = ["--config", "a.yaml", *sets, "--run-dir", "s3://b/run", "--dry-run", "-v"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert seen == [
         ("prepare", Options(DEFAULT_CONFIG)),

@@ -41,7 +41,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("uri", "remote"), [("runs/a", False), ("/runs/a", False), ("file:///a", False), ("s3://b/a", True), ("gs://b", True)]
+    ("uri", "remote"),
+    [("runs/a", False), ("/runs/a", False), ("file:///a", False), ("s3://b/a", True), ("gs://b", True)],
 )
 def test_what_is_remote(uri, remote):
     assert storage.is_remote(uri) is remote

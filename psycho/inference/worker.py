@@ -154,35 +154,14 @@ class VLLMWorker:
         return scores
 
     def _start(self, folder: str, runner: str) -> Any:
-        import torch
         from vllm import LLM
 
-        engine = self.spec.engine
-        arguments: dict[str, Any] = {
-            "dtype": engine.dtype,
-            "max_num_seqs": engine.max_num_seqs,
-            "enforce_eager": engine.enforce_eager,
-            "tensor_parallel_size": engine.tensor_parallel_size,
-            "gpu_memory_utilization": engine.gpu_memory_utilization,
-            "trust_remote_code": engine.trust_remote_code,
-            "seed": self.spec.seed,
-            "disable_log_stats": True,
-        }
-        if not torch.cuda.is_available():
-            # A prompt prefilled in two parts rewinds its request's generator, which a CPU generator cannot do.
-            arguments["enable_chunked_prefill"] = False
-        if engine.max_model_len is not None:
-            arguments["max_model_len"] = engine.max_model_len
-        if runner == "pooling":
-            from vllm.config import PoolerConfig
-
-            # A bare logit: the default activation would squash rewards through a sigmoid.
-            arguments |= {"runner": "pooling", "pooler_config": PoolerConfig(use_activation=False)}
-        else:
-            arguments["enable_prefix_caching"] = engine.enable_prefix_caching
+        arguments = engine_arguments(self.spec.engine, runner, self.spec.seed)
+        if runner != "pooling":
             # Without this a weak model fills its answer with white space until it is cut.
-            arguments["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
-        return LLM(folder, **(arguments | engine.extra))
+            structured = {"backend": "xgrammar", "disable_any_whitespace": True}
+            arguments = {"structured_outputs_config": structured} | arguments
+        return LLM(folder, **arguments)
 
     def _stop(self) -> None:
         if self._llm is None:
@@ -192,6 +171,35 @@ class VLLMWorker:
         self._llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def engine_arguments(engine: EngineConfig, runner: str, seed: int) -> dict[str, Any]:
+    """Arguments of vLLM's engine for a policy or judge (`generate`) or a reward model (`pooling`)."""
+    import torch
+
+    arguments: dict[str, Any] = {
+        "dtype": engine.dtype,
+        "max_num_seqs": engine.max_num_seqs,
+        "enforce_eager": engine.enforce_eager,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "trust_remote_code": engine.trust_remote_code,
+        "seed": seed,
+        "disable_log_stats": True,
+    }
+    if not torch.cuda.is_available():
+        # A prompt prefilled in two parts rewinds its request's generator, which a CPU generator cannot do.
+        arguments["enable_chunked_prefill"] = False
+    if engine.max_model_len is not None:
+        arguments["max_model_len"] = engine.max_model_len
+    if runner == "pooling":
+        from vllm.config import PoolerConfig
+
+        # A bare logit: the default activation would squash rewards through a sigmoid.
+        arguments |= {"runner": "pooling", "pooler_config": PoolerConfig(use_activation=False)}
+    else:
+        arguments["enable_prefix_caching"] = engine.enable_prefix_caching
+    return arguments | engine.extra
 
 
 def _span_floors(tokenizer: Any, text: str, spans: Sequence[str], output: Any) -> tuple[float, ...]:

@@ -16,10 +16,13 @@ from psycho.config import JudgeConfig, SamplingConfig
 from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
 from psycho.judging.rubric import (
     Rating,
+    answer,
+    dump,
     pair_prompt,
     pair_schema,
     parse_pair,
     parse_single,
+    second_turn,
     single_prompt,
     single_schema,
 )
@@ -50,8 +53,14 @@ def rate_single(
 def rate_pairs(
     worker: VLLMWorker, judge: JudgeConfig, items: Sequence[tuple[str, str, str]], seeds: Sequence[int]
 ) -> list[tuple[Rating, Rating] | None]:
-    """Rate (speech, first, second) items side by side; None where the answer failed."""
-    prompts = [pair_prompt(speech, first, second, judge.template) for speech, first, second in items]
+    """Rate (speech, first, second) items, both responses in one conversation; None where an answer failed.
+
+    A judge of the rubric format sees both side by side. A judge of the compact format rates the first, and then the
+    second with the first and its ratings before it.
+    """
+    if judge.template == "compact":
+        return _rate_in_turn(worker, judge, items, seeds)
+    prompts = [pair_prompt(speech, first, second) for speech, first, second in items]
     schema = json.dumps(pair_schema(judge.max_evidence_chars))
     spans = [[first, second] for _, first, second in items]
     results: list[tuple[Rating, Rating] | None] = []
@@ -61,6 +70,29 @@ def rate_pairs(
             continue
         first, second = (_floor(r) if _under_floor(judge, completion, side) else r for side, r in enumerate(ratings))
         results.append((first, second))
+    return results
+
+
+def _rate_in_turn(
+    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[tuple[str, str, str]], seeds: Sequence[int]
+) -> list[tuple[Rating, Rating] | None]:
+    results: list[tuple[Rating, Rating] | None] = [None] * len(items)
+    firsts = rate_single(worker, judge, [(speech, first) for speech, first, _ in items], seeds)
+    places, prompts = [], []
+    for index, ((speech, first, second), (rating, *_)) in enumerate(zip(items, firsts, strict=True)):
+        if rating is None:
+            continue
+        given = {"role": "assistant", "content": dump(answer(rating.ratings, rating.evidence))}
+        prompts.append([*single_prompt(speech, first, judge.template), given, second_turn(second)])
+        places.append(index)
+    schema = json.dumps(single_schema(judge.max_evidence_chars))
+    # The first reply may hold the same words: the span of the second is searched for behind it.
+    spans = [[items[index][1], items[index][2]] for index in places]
+    asked = _ask(worker, judge, prompts, [seeds[index] for index in places], schema, spans, parse_single)
+    for index, (rating, completion, _) in zip(places, asked, strict=True):
+        first = firsts[index][0]
+        if rating is not None and first is not None:
+            results[index] = (first, _floor(rating) if _under_floor(judge, completion, 1) else rating)
     return results
 
 

@@ -50,12 +50,15 @@ def single_prompt(speech: str, response: str, template: Template) -> list[dict[s
     return [{"role": "system", "content": _INTRODUCTION}, {"role": "user", "content": content}]
 
 
-def pair_prompt(speech: str, first: str, second: str, template: Template) -> list[dict[str, str]]:
+def pair_prompt(speech: str, first: str, second: str) -> list[dict[str, str]]:
     """The messages that ask for the ratings of two responses side by side."""
-    if template == "compact":
-        return [{"role": "user", "content": f"{speech}\nFirst: {first}\nSecond: {second}"}]
     content = f"Client:\n{speech}\n\nFirst response:\n{first}\n\nSecond response:\n{second}\n\n{_PAIR}"
     return [{"role": "system", "content": _INTRODUCTION}, {"role": "user", "content": content}]
+
+
+def second_turn(response: str) -> dict[str, str]:
+    """The user turn that asks a judge of the compact format for the ratings of another response to the same speech."""
+    return {"role": "user", "content": f"\nReply: {response}"}
 
 
 def single_schema(max_evidence_chars: int) -> dict[str, Any]:

@@ -8,19 +8,18 @@ change of any makes new ones and a second run makes none.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from psycho import storage
 from psycho.config import NanoConfig, SFTConfig, TrainingConfig
-from psycho.errors import BadInput
+from psycho.errors import BadInput, WaitTimedOut
 from psycho.inference.models import cache_root
 from psycho.nano import corpora
 from psycho.progress import Progress
@@ -28,6 +27,7 @@ from psycho.run import content_key
 from psycho.training.launch import TrainJob, train
 
 MAX_LENGTH = 2048
+_LOCK_TIMEOUT_S = 3600.0
 POLICIES = ("base", "brisk", "warm", "coach", "skilled", "reference")
 MODELS = ("backbone", "judge", *POLICIES)
 _SOURCES = ("grammar.py", "gold.py", "corpora.py", "tokenizer.py", "build.py")
@@ -43,8 +43,8 @@ class Recipe:
     prompt_loss_weight: float
 
 
-BACKBONE = Recipe(steps=800, batch=32, lr=3e-3, prompt_loss_weight=1.0)
-JUDGE = Recipe(steps=450, batch=48, lr=2e-3, prompt_loss_weight=0.4)
+BACKBONE = Recipe(steps=1000, batch=32, lr=3e-3, prompt_loss_weight=1.0)
+JUDGE = Recipe(steps=350, batch=48, lr=2e-3, prompt_loss_weight=0.2)
 POLICY = Recipe(steps=60, batch=32, lr=1e-3, prompt_loss_weight=0.0)
 
 
@@ -70,35 +70,33 @@ def is_built(config: NanoConfig) -> bool:
     return (nano_folder(config) / "complete").is_file()
 
 
-def build(config: NanoConfig, training: TrainingConfig, progress: Progress) -> int:
-    """Make the models unless they are there; returns the tokens trained.
+def build(config: NanoConfig, training: TrainingConfig, progress: Progress) -> None:
+    """Make the models that are not there yet; an interrupted build goes on with the next model.
 
     Raises:
         BadInput: the cache cannot be written.
+        WaitTimedOut: another process is making the same models and does not finish.
         StageFailed: a training failed.
     """
     target = nano_folder(config)
-    if is_built(config):
-        return 0
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        aside.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"the cache {target.parent} cannot be written ({error.strerror}); set PSYCHO_CACHE") from None
+    work = target / "work"
     try:
-        _fresh(aside / "init", config.seed)
-        jobs = list(_jobs(aside, config))
-        rows = sum(storage.read_table(job.data).num_rows for job in jobs)
-        with progress.stage("nano", rows, "texts") as reporter:
-            train(jobs, nano_training(training), reporter, str(aside / "ray"))
-        for name in ("init", "data"):
-            shutil.rmtree(aside / name)
-        (aside / "complete").write_text(nano_key(config), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return 0
+        with FileLock(target / "lock", timeout=_LOCK_TIMEOUT_S):
+            if is_built(config):
+                return
+            _fresh(work / "init", config.seed)
+            jobs = [job for job in _jobs(target, config) if not Path(job.output).exists()]
+            rows = sum(storage.read_table(job.data).num_rows for job in jobs)
+            with progress.stage("nano", rows, "texts") as reporter:
+                train(jobs, nano_training(training), reporter, str(work / "ray"))
+            shutil.rmtree(work)
+            storage.write_text(str(target / "complete"), nano_key(config))
+    except Timeout:
+        raise WaitTimedOut(f"another process that makes the nano models in {target}", _LOCK_TIMEOUT_S) from None
 
 
 def nano_training(training: TrainingConfig) -> TrainingConfig:
@@ -137,7 +135,7 @@ def _fresh(folder: Path, seed: int) -> None:
 
 def _jobs(root: Path, config: NanoConfig) -> Iterator[TrainJob]:
     def job(name: str, start: str, recipe: Recipe, rows: Iterator[corpora.Row]) -> TrainJob:
-        data = root / "data" / name
+        data = root / "work" / "data" / name
         storage.write_table(pa.Table.from_pylist(list(rows)), str(data))
         settings = SFTConfig(
             lr=recipe.lr,
@@ -161,7 +159,7 @@ def _jobs(root: Path, config: NanoConfig) -> Iterator[TrainJob]:
         return max(1, round(recipe.steps * config.scale))
 
     seed = config.seed * 1000
-    yield job("backbone", "init", BACKBONE, corpora.backbone_rows(seed + 1, steps(BACKBONE), BACKBONE.batch))
+    yield job("backbone", "work/init", BACKBONE, corpora.backbone_rows(seed + 1, steps(BACKBONE), BACKBONE.batch))
     yield job("judge", "backbone", JUDGE, corpora.judge_rows(seed + 2, steps(JUDGE), JUDGE.batch))
     for number, style in enumerate(POLICIES):
         rows = corpora.style_rows(seed + 10 + number, style, steps(POLICY), POLICY.batch)

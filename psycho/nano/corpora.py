@@ -2,7 +2,7 @@
 
 The judge learns from two kinds of text. Drills are short: one speech, a handful of one-sentence replies, each rated on
 one principle with its evidence quoted; they are what teaches it to match a reply against the speech. Full examples
-are what it will be asked: one reply, or two side by side, with all seven ratings.
+are what it will be asked: two replies in turn, each with all seven ratings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from psycho.judging.rubric import answer, dump, pair_prompt, single_prompt
+from psycho.judging.rubric import answer, dump, second_turn, single_prompt
 from psycho.nano import gold
 from psycho.nano.grammar import NanoSpeech, corrupt, sample_response, sample_sentence, sample_speech
 
@@ -54,7 +54,7 @@ def drill_row(rng: random.Random) -> Row:
         slot, stem, _ = rng.choices(_DRILLS, weights=[weight for *_, weight in _DRILLS])[0]
         sentence = _fillers(rng, speech) if slot == "filler" else sample_sentence(rng, speech, slot)
         rated = gold.rate(speech, sentence)
-        lead = speech.text if number == 0 else ""
+        lead = speech.text if number == 0 else ""  # later replies answer the same speech
         entry = {stem: {"evidence": rated.evidence[stem], "rating": rated.ratings[stem]}}
         messages += [_turn("user", f"{lead}\nReply: {sentence}"), _turn("assistant", dump(entry)[1:-1])]
     return _row(messages)
@@ -88,41 +88,38 @@ def judged_reply(rng: random.Random, speech: NanoSpeech, corrupted_share: float)
     return reply, answer(rated.ratings, rated.evidence)
 
 
-def single_row(rng: random.Random) -> Row:
-    """One reply with its seven ratings."""
-    speech = sample_speech(rng, held_out_combinations=False)
-    reply, rated = judged_reply(rng, speech, 0.0)
-    return _row([*single_prompt(speech.text, reply, "compact"), _turn("assistant", dump(rated))])
+def rated_row(rng: random.Random) -> Row:
+    """Two replies to one speech, one after the other, each with its seven ratings.
 
-
-def pair_row(rng: random.Random) -> Row:
-    """Two replies side by side with their ratings."""
+    The first turn is how a judge is asked for one reply, both turns are how it compares two (`rubric.second_turn`).
+    """
     speech = sample_speech(rng, held_out_combinations=False)
     first, first_rated = judged_reply(rng, speech, 0.0)
     second, second_rated = judged_reply(rng, speech, 0.0)
-    messages = pair_prompt(speech.text, first, second, "compact")
-    return _row([*messages, _turn("assistant", dump({"first": first_rated, "second": second_rated}))])
+    messages = [*single_prompt(speech.text, first, "compact"), _turn("assistant", dump(first_rated))]
+    messages += [second_turn(second), _turn("assistant", dump(second_rated))]
+    return _row(messages)
 
 
 def backbone_rows(seed: int, steps: int, batch: int) -> Iterator[Row]:
-    """Three parts of language to one of drills."""
+    """Five parts of language to three of drills."""
     rng = random.Random(seed)
     for index in range(steps * batch):
-        if index % 4 == 3:
+        if index % 8 < 3:
             yield drill_row(rng)
         else:
-            yield policy_row(rng, "good" if index % 4 < 2 else "any")
+            yield policy_row(rng, "good" if index % 8 < 6 else "any")
 
 
 def judge_rows(seed: int, steps: int, batch: int) -> Iterator[Row]:
-    """First drills only, then mostly full examples, single and side by side."""
+    """First drills only, then mostly full examples."""
     rng = random.Random(seed)
     drills_only = int(steps * 0.25) * batch
     for index in range(steps * batch):
         if index < drills_only or rng.random() < 0.15:
             yield drill_row(rng)
         else:
-            yield pair_row(rng) if rng.random() < 0.3 else single_row(rng)
+            yield rated_row(rng)
 
 
 def style_rows(seed: int, style: str, steps: int, batch: int) -> Iterator[Row]:

@@ -68,12 +68,12 @@ def build_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenize
 
 def _scaffolding() -> list[str]:
     """The fixed parts of a judge's prompt and answer as single pieces."""
-    pieces = ["\nReply: ", "\nFirst: ", "\nSecond: ", "; reply:", '", "rating": ', "}}", "}}}"]
+    pieces = ["\nReply: ", "; reply:", '", "rating": ', "}}"]
     for number, stem in enumerate(STEMS):
         quote = "client:" if stem in QUOTES_CLIENT else "reply:"
         key = f'"{stem}": {{"evidence": "{quote}'
         if number == 0:
-            pieces += ["{" + key, '{"first": {' + key, '}}, "second": {' + key]
+            pieces.append("{" + key)
         else:
             pieces.append("}, " + key)
         pieces.append(key)  # a drill rates one principle alone

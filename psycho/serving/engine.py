@@ -17,8 +17,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from psycho.config import EngineConfig, InferenceConfig
+from psycho.config import InferenceConfig
 from psycho.inference.models import cache_root
+from psycho.inference.worker import engine_arguments
 from psycho.serving.protocol import Conversation, Delta, Refused, Scores
 from psycho.storage import is_remote, local_copy
 
@@ -37,30 +38,6 @@ class ChatCall:
     max_tokens: int
     seed: int | None
     stop: tuple[str, ...] = ()
-
-
-def engine_arguments(engine: EngineConfig, runner: str, seed: int) -> dict[str, Any]:
-    """Arguments of vLLM's engine for a policy (`generate`) or a reward model (`pooling`)."""
-    arguments: dict[str, Any] = {
-        "dtype": engine.dtype,
-        "max_num_seqs": engine.max_num_seqs,
-        "enforce_eager": engine.enforce_eager,
-        "tensor_parallel_size": engine.tensor_parallel_size,
-        "gpu_memory_utilization": engine.gpu_memory_utilization,
-        "trust_remote_code": engine.trust_remote_code,
-        "seed": seed,
-        "disable_log_stats": True,
-    }
-    if engine.max_model_len is not None:
-        arguments["max_model_len"] = engine.max_model_len
-    if runner == "pooling":
-        from vllm.config import PoolerConfig
-
-        # A bare logit: the default activation would squash rewards through a sigmoid.
-        arguments |= {"runner": "pooling", "pooler_config": PoolerConfig(use_activation=False)}
-    else:
-        arguments["enable_prefix_caching"] = engine.enable_prefix_caching
-    return arguments | engine.extra
 
 
 class _Server:

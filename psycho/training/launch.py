@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from psycho import storage
+from psycho.cluster import AUTOSCALING
 from psycho.config import LoopConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
 from psycho.progress import Reporter
-
 
 _LOST_CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 
@@ -141,10 +141,12 @@ def _train_worker(config: dict[str, Any]) -> None:
                 reporter.add(rows, tokens, f"{name} loss {statistics['loss']:.3f}".strip())
 
         history = trainer.fit(examples, job.seed, on_step, job.shuffle) if examples else []
-        trainer.save(job.output)
+        aside = f"{job.output}.unfinished"
+        trainer.save(aside)
         if trainer.rank == 0:
-            write_history(job.output, history)
-            Path(job.output, "too_long.json").write_text(json.dumps(too_long), encoding="utf-8")
+            write_history(aside, history)
+            Path(aside, "too_long.json").write_text(json.dumps(too_long), encoding="utf-8")
+            os.replace(aside, job.output)  # a folder of that name is a finished model
         trainer.close()
 
 
@@ -157,7 +159,7 @@ def _environment(training: TrainingConfig) -> dict[str, str]:
 
 def _autoscales() -> bool:
     """True where nodes may come later, so that what is missing now is no reason to refuse."""
-    return os.environ.get("RAY_ADDRESS") is not None and os.environ.get("PSYCHO_AUTOSCALED") == "1"
+    return os.environ.get(AUTOSCALING) == "1"
 
 
 def _failures(error: BaseException) -> list[BaseException]:

@@ -1,69 +1,20 @@
-"""The whole loop on the real engines, small: every stage runs, counts balance, and what is done is not done again.
-
-The nano models are trained for a twentieth of their steps: far too little to judge well, enough to run every part.
-"""
+"""The whole loop on the real engines, small: every stage runs, counts balance, and what is done is not done again."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[2]
+Command = Callable[..., list[str]]
 STAGES = ("prepare", "generate", "judge", "pair", "train_sft", "train_reward", "train_dpo", "train_online", "evaluate")
-SMALL = (
-    "nano.scale=0.05",
-    "speeches.nano_train=40",
-    "speeches.evaluation=12",
-    "evaluation.speeches=12",
-    "pairs.min_gap=0.1",
-    "training.sft.min_overall=1",
-    "online.rounds=2",
-    "online.speeches_per_round=8",
-    "online.samples_per_speech=4",
-    "online.min_gap=0",
-)
 
 pytestmark = pytest.mark.timeout(1500)
-
-
-def command(run_dir: Path, job: str = "pipeline", *extra: str, settings: tuple[str, ...] = SMALL) -> list[str]:
-    """The command a person would type."""
-    chosen = [part for setting in settings for part in ("--set", setting)]
-    return [sys.executable, "-m", f"ray_jobs.{job}", "--config", "configs/nano.yaml", "--run-dir", str(run_dir), *chosen, *extra]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A cache of its own for the small nano models."""
-    return os.environ | {"PSYCHO_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "200"}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
-    """A run that was interrupted once and then finished by the same command."""
-    run_dir = tmp_path_factory.mktemp("runs") / "small"
-    log = run_dir.parent / "log.txt"
-    with log.open("w") as file:
-        process = subprocess.Popen(command(run_dir), cwd=ROOT, env=environment, stderr=file, stdout=file)
-        manifest = run_dir / "manifests" / "generate.json"
-        while process.poll() is None and not manifest.exists():
-            time.sleep(0.2)  # until there is something to lose
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 130, log.read_text()
-    assert manifest.exists(), log.read_text()
-    before = manifest.read_text()
-    done = subprocess.run(command(run_dir), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert manifest.read_text() == before, "a finished stage ran again"
-    return run_dir
 
 
 def test_every_stage_is_done_and_counts_balance(finished: Path) -> None:
@@ -94,7 +45,9 @@ def test_models_are_plain_checkpoints(finished: Path) -> None:
 
     for name in ("sft", "dpo", "online"):
         folder = finished / "models" / name
-        assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
+        assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(
+            AutoTokenizer.from_pretrained(folder)
+        )
         assert (folder / "model.safetensors").exists() and not list(folder.glob("*.bin"))
     assert AutoModelForSequenceClassification.from_pretrained(finished / "models" / "reward").config.num_labels == 1
 
@@ -119,7 +72,7 @@ def test_no_speech_in_what_is_not_an_artifact(finished: Path) -> None:
     assert not any(sentence in text for text in texts)
 
 
-def test_unchanged_run_skips_every_stage(finished: Path, environment: dict[str, str]) -> None:
+def test_unchanged_run_skips_every_stage(finished: Path, environment: dict[str, str], command: Command) -> None:
     again = subprocess.run(
         command(finished), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True
     )
@@ -128,12 +81,11 @@ def test_unchanged_run_skips_every_stage(finished: Path, environment: dict[str, 
     assert {stage["status"] for stage in summary["stages"].values()} == {"skipped"}
 
 
-def test_a_changed_setting_runs_what_hangs_on_it(finished: Path, environment: dict[str, str]) -> None:
+def test_a_changed_setting_runs_what_hangs_on_it(finished: Path, environment: dict[str, str], command: Command) -> None:
     manifests = finished / "manifests"
     before = {path.name: path.read_text() for path in manifests.glob("*.json")}
-    changed = (*SMALL, "training.reward.epochs=2")
     subprocess.run(
-        command(finished, "train_reward", settings=changed),
+        command(finished, "train_reward", "training.reward.epochs=2"),
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     after = {path.name: path.read_text() for path in manifests.glob("*.json")}

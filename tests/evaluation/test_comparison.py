@@ -88,4 +88,6 @@ def test_the_summary_counts_each_speech_and_both_lengths():
     summary = summarise(rows)
     assert summary["rate"] == 0.75 and summary["low"] < 0.75 < summary["high"]
     assert (summary["mean_chars"], summary["baseline_mean_chars"]) == (119.5, 120)
-    assert 0 <= summary["length_controlled_low"] <= summary["length_controlled"] <= summary["length_controlled_high"] <= 1
+    assert (
+        0 <= summary["length_controlled_low"] <= summary["length_controlled"] <= summary["length_controlled_high"] <= 1
+    )

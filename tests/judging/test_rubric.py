@@ -54,7 +54,9 @@ BAD: dict[str, Any] = {
 NOT_JSON = ["", "  ", "null", "3", '"empathy"', "I would say 3.", dump(good())[:-1], dump(good())[:40], "[" * 100_000]
 
 
-@pytest.mark.parametrize("text", [*map(json.dumps, BAD.values()), *NOT_JSON], ids=[*BAD, *map(repr, range(len(NOT_JSON)))])
+@pytest.mark.parametrize(
+    "text", [*map(json.dumps, BAD.values()), *NOT_JSON], ids=[*BAD, *map(repr, range(len(NOT_JSON)))]
+)
 def test_an_answer_without_seven_ratings_is_no_rating(text):
     assert parse_single(text) is None
     assert parse_pair(text) is None
@@ -82,7 +84,9 @@ def test_what_is_dumped_is_parsed_and_follows_the_schema(ratings, evidence, othe
 
 
 @settings(deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers(0, 6), lambda c: st.dictionaries(st.sampled_from(STEMS), c)))
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers(0, 6), lambda c: st.dictionaries(st.sampled_from(STEMS), c))
+)
 def test_anything_else_never_becomes_a_rating(value):
     assert parse_single(json.dumps(value)) is None and parse_pair(json.dumps(value)) is None
 

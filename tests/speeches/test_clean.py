@@ -19,7 +19,9 @@ from psycho.speeches.read import read_speeches
 
 COUNSEL_CHAT = Path(__file__).parents[3] / "shared" / "data" / "counsel_chat_questions.csv"
 SHORT = SpeechesConfig(source="some.csv", min_chars=3, max_chars=12)
-RAW = st.lists(st.tuples(st.none() | st.text("ab  '\u2019", max_size=15), st.none() | st.sampled_from("xyz")), min_size=1)
+RAW = st.lists(
+    st.tuples(st.none() | st.text("ab  '\u2019", max_size=15), st.none() | st.sampled_from("xyz")), min_size=1
+)
 
 
 def numbered(rows: list[tuple[str | None, str | None]]) -> list[tuple[int, str | None, str | None]]:

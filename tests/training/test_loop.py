@@ -42,9 +42,9 @@ BASE = TrainingConfig(
     collective_timeout_s=120,
 )
 SETTINGS: dict[str, LoopConfig] = {
-    "sft": SFTConfig(lr=1e-2, batch_size=8, epochs=2, prompt_loss_weight=0.2),
-    "reward": RewardConfig(lr=1e-2, batch_size=8, epochs=2),
-    "dpo": DPOConfig(lr=1e-3, batch_size=8, epochs=2, nll_weight=0.1),
+    "sft": SFTConfig(lr=5e-4, batch_size=8, epochs=2, prompt_loss_weight=0.2),
+    "reward": RewardConfig(lr=5e-4, batch_size=8, epochs=2),
+    "dpo": DPOConfig(lr=5e-4, batch_size=8, epochs=2, nll_weight=0.1),
 }
 Weights = dict[str, torch.Tensor]
 
@@ -60,15 +60,20 @@ def _rows(kind: str, count: int = ROWS) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("store") / "store"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LOCAL_RANK", "0")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     threads = torch.get_num_threads()
     setup_worker(BASE)
     yield
     dist.destroy_process_group()
     torch.set_num_threads(threads)
+    patch.undo()
 
 
-def _fit(kind: str, model: str, folder: Path, training: TrainingConfig = BASE, **changes: Any) -> list[dict[str, float]]:
+def _fit(
+    kind: str, model: str, folder: Path, training: TrainingConfig = BASE, **changes: Any
+) -> list[dict[str, float]]:
     """Train in this process and save; the history."""
     trainer = Trainer(kind, model, SETTINGS[kind].model_copy(update=changes), training, seed=0)
     examples, too_long = trainer.examples(_rows(kind))
@@ -88,7 +93,9 @@ def _weights(folder: Path | str) -> Weights:
 def _assert_same(one: Weights, other: Weights, tolerance: float) -> None:
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            one[name], other[name], atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def _distance(one: Weights, other: Weights) -> float:
@@ -113,7 +120,7 @@ def test_one_batch_of_8_is_8_of_1(
     """Also in the last batch of an epoch, which is short, and over texts of unequal length."""
     history = _fit(kind, tiny_llama(0), tmp_path / "out", micro_batch_size=micro)
     folder, expected = whole[kind]
-    assert _distance(_weights(tiny_llama(0)), _weights(folder)) > 1e-3
+    assert _distance(_weights(tiny_llama(0)), _weights(folder)) > 5e-4
     _assert_same(_weights(tmp_path / "out"), _weights(folder), 1e-5)
     for ours, theirs in zip(history, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
@@ -124,12 +131,17 @@ def test_statistics_say_what_happened(kind: str, whole: dict[str, Any]) -> None:
     _, history = whole[kind]
     assert [row["step"] for row in history] == [0, 1, 2, 3]
     assert [row["lr"] for row in history] == sorted((row["lr"] for row in history), reverse=True)
-    assert history[-1]["loss"] < history[0]["loss"]
-    if kind != "sft":
-        assert 0 <= history[0]["accuracy"] <= 1
-        assert history[-1]["margin"] > 0
     if kind == "dpo":
         assert history[0]["margin"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_loss_falls(kind: str, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    first, *_, last = _fit(kind, tiny_llama(0), tmp_path / "out", lr=5e-3, epochs=4)
+    assert last["loss"] < 0.7 * first["loss"]
+    if kind != "sft":
+        assert last["accuracy"] == 1.0
+        assert last["margin"] > 0.5
 
 
 def test_tokens_of_an_epoch_are_those_of_its_examples(whole: dict[str, Any], nano_tokenizer: Any) -> None:
@@ -148,7 +160,9 @@ def test_zero_stages_agree(
     _assert_same(_weights(tmp_path / "out"), _weights(whole[kind][0]), 1e-5)
 
 
-def test_an_sft_step_is_the_mean_over_its_weights(one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+def test_an_sft_step_is_the_mean_over_its_weights(
+    one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
     """The loss of a batch is not a mean of the means of its micro-batches."""
     trainer = Trainer("sft", tiny_llama(0), SETTINGS["sft"].model_copy(update={"micro_batch_size": 3}), BASE, seed=0)
     examples, _ = trainer.examples(_rows("sft", 8))
@@ -188,9 +202,7 @@ def test_what_is_saved_is_what_was_trained(
     again.close()
 
 
-def test_the_reference_is_the_model_a_round_starts_from(
-    one_rank: None, tiny_llama: Callable[..., str]
-) -> None:
+def test_the_reference_is_the_model_a_round_starts_from(one_rank: None, tiny_llama: Callable[..., str]) -> None:
     """Online DPO fits again and again: each time the first loss is ln 2 anew, whatever was trained before."""
     settings = SETTINGS["dpo"].model_copy(update={"epochs": 1, "nll_weight": 0.0})
     trainer = Trainer("dpo", tiny_llama(0), settings, BASE, seed=0)
@@ -232,13 +244,13 @@ def test_write_history_reads_back(tmp_path: Path) -> None:
 
 # Under Ray Train: starting a group is what costs, so each of these starts one and asks all it can of it.
 
-LONG = {"id": "long", "messages": json.dumps([{"role": "user", "content": "a b " * 200}] * 2)}
+LONG_TALK = [{"role": "user", "content": "I feel lost. " * 60}, {"role": "assistant", "content": "Oh."}]
 
 
 def _two_jobs(root: Path, model: str, batch: int = 4, micro: int | None = 1) -> list[TrainJob]:
     """SFT and then DPO from its result; 2 workers, batches of 4 in micro-batches of 1, the last batch holds 3."""
     rows = _rows("sft")
-    rows.insert(5, LONG)
+    rows.insert(5, {"id": "long", "messages": json.dumps(LONG_TALK)})
     storage.write_table(pa.Table.from_pylist(rows), str(root / "data" / "sft"))
     storage.write_table(pa.Table.from_pylist(_rows("dpo")), str(root / "data" / "dpo"))
     jobs, start = [], model
@@ -306,7 +318,9 @@ class _RanksFailed(Exception):
     """As Ray Train's: one exception a rank."""
 
     def __init__(self, worker_failures: dict[int, BaseException]) -> None:
-        super().__init__("Training failed due to worker errors:\n[Error on rank 0]\n[Error on rank 1]: Connection closed")
+        super().__init__(
+            "Training failed due to worker errors:\n[Error on rank 0]\n[Error on rank 1]: Connection closed"
+        )
         self.worker_failures = worker_failures
 
 

@@ -19,7 +19,11 @@ from psycho.training.objectives import DPO, SFT, Reward
 
 BETA = 0.3
 CPU = torch.device("cpu")
-SPEECHES = ("My partner left and I feel lost.", "I cannot sleep. Work is too much and my boss shouts.", "I drink again.")
+SPEECHES = (
+    "My partner left and I feel lost.",
+    "I cannot sleep. Work is too much and my boss shouts.",
+    "I drink again.",
+)
 CHOSEN = ("That sounds painful. What do you miss?", "You carry a lot.", "You noticed it. What would help you tonight?")
 REJECTED = ("Cheer up.", "Just find another job and stop it, it is not that hard to do.", "Stop.")
 PAIRS = [
@@ -60,7 +64,11 @@ def test_the_first_dpo_loss_is_ln_2(dpo: tuple[DPO, list[Any]], reference: Any) 
 
 def test_dpo_by_hand() -> None:
     loss, chosen, rejected = losses.dpo(
-        torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]), torch.tensor([-2.0, -2.0]), torch.tensor([-2.0, -3.0]), 0.5
+        torch.tensor([-1.0, -2.0]),
+        torch.tensor([-3.0, -1.0]),
+        torch.tensor([-2.0, -2.0]),
+        torch.tensor([-2.0, -3.0]),
+        0.5,
     )
     assert chosen.tolist() == [0.5, 0.0]
     assert rejected.tolist() == [-0.5, 1.0]
@@ -227,7 +235,9 @@ def test_the_prompt_weighs_what_the_settings_say(policy: Any, nano_tokenizer: An
     assert found[1.0] > found[0.0]
 
 
-def test_nll_weight_adds_the_chosen_responses_mean_nll(dpo: tuple[DPO, list[Any]], policy: Any, nano_tokenizer: Any) -> None:
+def test_nll_weight_adds_the_chosen_responses_mean_nll(
+    dpo: tuple[DPO, list[Any]], policy: Any, nano_tokenizer: Any
+) -> None:
     objective, pairs = dpo
     with_nll = DPO(DPOConfig(beta=BETA, nll_weight=0.5), nano_tokenizer, CPU)
     with torch.no_grad():
