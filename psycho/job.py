@@ -118,19 +118,32 @@ def execute(name: str, recipe: Callable[[Job], None], options: Options) -> int:
 def explain(error: BaseException) -> str | None:
     """The sentence for an error that the user can put right, wherever in the chain (or a Ray worker) it began."""
     seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if current is None or id(current) in seen:
+            continue
         seen.add(id(current))
-        if isinstance(current, BadInput):
-            return str(current)
-        if isinstance(current, OSError) and current.errno == errno.ENOSPC:
-            where = f" while writing {current.filename}" if current.filename else ""
-            return f"the disk is full{where}; free some space and give the same command again"
-        if "No space left on device" in str(current):
-            return "the disk is full; free some space and give the same command again"
-        if isinstance(current, OSError) and current.errno == errno.EADDRINUSE:
-            return "the port is in use; choose another with --set serving.port=..."
-        current = getattr(current, "cause", None) or current.__cause__ or current.__context__
+        # An error that Ray carries over is of both types; its `cause` is the bare one, without the traceback.
+        inner = getattr(current, "cause", None)
+        sentence = None if isinstance(inner, BaseException) else _sentence(current)
+        if sentence:
+            return sentence
+        context = None if current.__suppress_context__ else current.__context__
+        waiting += [inner if isinstance(inner, BaseException) else None, current.__cause__, context]
+    return None
+
+
+def _sentence(error: BaseException) -> str | None:
+    if isinstance(error, BadInput):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; free some space and give the same command again"
+    if "No space left on device" in str(error):
+        return "the disk is full; free some space and give the same command again"
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return "the port is in use; choose another with --set serving.port=..."
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from psycho.config import Config
 from psycho.errors import BadInput
 from psycho.inference.models import fingerprint
@@ -37,7 +39,7 @@ def resolve(config: Config, model: str) -> str:
         BadInput: there is no nano model of that name.
     """
     if not model.startswith(_NANO):
-        return model
+        return str(Path(model).expanduser()) if model.startswith("~") else model
     name = model.removeprefix(_NANO)
     if name not in build.MODELS:
         raise BadInput(f"there is no model {model}; the nano models are {', '.join(build.MODELS)}")

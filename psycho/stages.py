@@ -15,6 +15,7 @@ from psycho.run import Stage
 
 Settings = Mapping[str, Any]
 POLICIES = ("base", "sft", "dpo", "online")
+_ESTIMATES = {"parameters_b", "gpus_per_worker"}
 _EXECUTION = {"start_timeout_s", "collective_timeout_s", "env", "cpus_per_worker", "threads_per_worker"}
 
 
@@ -40,7 +41,7 @@ def _prepare(config: Config) -> Settings:
 
 def _generate(config: Config) -> Settings:
     return {
-        "generation": config.generation,
+        "generation": config.generation.model_dump(mode="json", exclude={"pool": {"__all__": _ESTIMATES}}),
         "models": [identity(config, model.model) for model in config.generation.pool],
         "engine": config.inference.engine,
         "seed": config.seed,
@@ -49,7 +50,7 @@ def _generate(config: Config) -> Settings:
 
 def _judge(config: Config) -> Settings:
     return {
-        "judge": config.judge,
+        "judge": config.judge.model_dump(mode="json", exclude=_ESTIMATES),
         "model": identity(config, config.judge.model),
         "engine": config.inference.engine,
         "seed": config.seed,

@@ -40,7 +40,8 @@ def pair(job: Job) -> None:
             left_out += dropped
         for name, rows in (("train", train), ("test", test)):
             if not rows:
-                raise BadInput(f"no {name} pair was made; lower pairs.min_gap (now {job.config.pairs.min_gap:g})")
+                setting = "pairs.min_gap" if name == "train" else "pairs.min_test_gap"
+                raise BadInput(f"no {name} pair was made of {len(speeches)} rated speeches; lower {setting}")
             storage.write_table(
                 pa.Table.from_pylist(rows, schema=PREFERENCE_PAIR), storage.join(partial, "preferences", name)
             )

@@ -56,6 +56,9 @@ def _make(tokenizer: Any, folder: Path, seed: int, reward: bool) -> str:
         num_labels=1,
     )
     model = (LlamaForSequenceClassification if reward else LlamaForCausalLM)(config)
+    # Single bytes are never the likeliest: half a character is shown differently by different decoders.
+    places = [place for piece, place in tokenizer.get_vocab().items() if piece.startswith("<0x")]
+    model.get_input_embeddings().weight.data[places] = 0.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

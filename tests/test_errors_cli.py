@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from psycho import cluster, storage
 from psycho.job import Options, execute
@@ -33,9 +34,10 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PSYCHO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cluster, "_QUIET", {})
+    monkeypatch.setenv(cluster.AUTOSCALING, "0")  # the session sets it; to be put back
     monkeypatch.setattr(cluster, "_silence_libraries", lambda: None)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
 
 
 @pytest.fixture

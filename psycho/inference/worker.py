@@ -44,6 +44,23 @@ class EngineSpec:
     verbose: bool = False
 
 
+class WeightReload:
+    """Mixed into vLLM's own worker (`worker_extension_cls`), beside the model's weights."""
+
+    def take_weights(self, folder: str) -> None:
+        """New weights in place.
+
+        On a CPU vLLM 0.29 multiplies by a packed copy of the output head. Where the head is tied to the embedding no
+        weight of its own is loaded, so `reload_weights` alone would leave the former model's head in the copy.
+        """
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
+        for module in self.model_runner.get_model().modules():  # type: ignore[attr-defined]
+            if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)
+
+
 class VLLMWorker:
     """One engine in one process."""
 
@@ -71,7 +88,7 @@ class VLLMWorker:
         folder = local_copy(model, cache_root() / "models") if "://" in model else model
         signature = f"{runner}:{engine_signature(folder)}"
         if self._llm is not None and signature == self._signature:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            self._llm.collective_rpc("take_weights", args=(folder,))
             self._llm.reset_prefix_cache()
         else:
             self._stop()
@@ -157,6 +174,7 @@ class VLLMWorker:
         from vllm import LLM
 
         arguments = engine_arguments(self.spec.engine, runner, self.spec.seed)
+        arguments["worker_extension_cls"] = f"{WeightReload.__module__}.{WeightReload.__name__}"
         if runner != "pooling":
             # Without this a weak model fills its answer with white space until it is cut.
             structured = {"backend": "xgrammar", "disable_any_whitespace": True}

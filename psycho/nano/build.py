@@ -8,6 +8,7 @@ change of any makes new ones and a second run makes none.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from psycho.errors import BadInput, WaitTimedOut
 from psycho.inference.models import cache_root
 from psycho.nano import corpora
 from psycho.progress import Progress
+from psycho.judging import rubric
 from psycho.run import content_key
 from psycho.training.launch import TrainJob, train
 
@@ -43,8 +45,8 @@ class Recipe:
     prompt_loss_weight: float
 
 
-BACKBONE = Recipe(steps=1000, batch=32, lr=3e-3, prompt_loss_weight=1.0)
-JUDGE = Recipe(steps=350, batch=48, lr=2e-3, prompt_loss_weight=0.2)
+BACKBONE = Recipe(steps=1000, batch=32, lr=3e-3, prompt_loss_weight=0.3)
+JUDGE = Recipe(steps=380, batch=48, lr=2e-3, prompt_loss_weight=0.2)
 POLICY = Recipe(steps=60, batch=32, lr=1e-3, prompt_loss_weight=0.0)
 
 
@@ -54,6 +56,7 @@ def nano_key(config: NanoConfig) -> str:
     package = resources.files("psycho.nano")
     for name in _SOURCES:
         digest.update(package.joinpath(name).read_bytes())
+    digest.update(inspect.getsource(rubric).encode())  # the judge learns the compact format's very words
     for bank in sorted(package.joinpath("banks").iterdir(), key=lambda entry: entry.name):
         if bank.name.endswith(".yaml"):
             digest.update(bank.read_bytes())
@@ -109,10 +112,10 @@ def _fresh(folder: Path, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from psycho.nano.grammar import vocabulary
+    from psycho.nano.grammar import STAGES, vocabulary
     from psycho.nano.tokenizer import build_tokenizer
 
-    tokenizer = build_tokenizer(vocabulary(), MAX_LENGTH)
+    tokenizer = build_tokenizer([*vocabulary(), *STAGES], MAX_LENGTH)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -23,7 +23,7 @@ _DRILL_REPLIES = 5
 _DRILLS = (
     ("empathy", "empathy", 4),
     ("relevance", "relevance", 4),
-    ("suggestion", "staging", 2),
+    ("suggestion", "staging", 3),
     ("suggestion", "autonomy", 1),
     ("exploration", "exploration", 1),
     ("safety", "safety", 1),

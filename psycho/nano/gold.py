@@ -115,14 +115,14 @@ def rate(speech: NanoSpeech, response: str) -> GoldRating:
         "exploration": _worst(sentences, "exploration", _level),
         "autonomy": _worst(sentences, "autonomy", lambda s: (LEVEL_RATINGS["autonomy"][s.level], s.cue)),
         "staging": _worst(
-            sentences, "staging", lambda s: (FIT_RATINGS[stage_fit(speech.stage, s.stage)], s.activity_cue)
+            sentences, "staging", lambda s: (FIT_RATINGS[stage_fit(speech.stage, s.stage)], s.stage)
         ),
     }
-    client = {"empathy": speech.feeling, "relevance": speech.key, "staging": speech.stage_cue}
+    client = {"empathy": speech.feeling, "relevance": speech.key, "staging": speech.stage}
     return GoldRating(
         ratings={principle: rating for principle, (rating, _) in found.items()},
         evidence={
-            principle: (f"client: {client[principle]}; " if principle in client else "") + f"reply: {quote}"
+            principle: f"reply: {quote}" + (f"; client: {client[principle]}" if principle in client else "")
             for principle, (_, quote) in found.items()
         },
         on_grammar=is_grammatical,

@@ -23,7 +23,6 @@ PAD, END, UNKNOWN, SYSTEM, USER, ASSISTANT = (
     "<|assistant|>",
 )
 SPECIAL = (PAD, END, UNKNOWN, SYSTEM, USER, ASSISTANT)
-QUOTES_CLIENT = frozenset({"empathy", "relevance", "staging"})
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -68,10 +67,9 @@ def build_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenize
 
 def _scaffolding() -> list[str]:
     """The fixed parts of a judge's prompt and answer as single pieces."""
-    pieces = ["\nReply: ", "; reply:", '", "rating": ', "}}"]
+    pieces = ["\nReply: ", "; client:", '", "rating": ', "}}"]
     for number, stem in enumerate(STEMS):
-        quote = "client:" if stem in QUOTES_CLIENT else "reply:"
-        key = f'"{stem}": {{"evidence": "{quote}'
+        key = f'"{stem}": {{"evidence": "reply:'
         if number == 0:
             pieces.append("{" + key)
         else:

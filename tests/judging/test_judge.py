@@ -41,7 +41,14 @@ class FakeWorker:
     ) -> list[Completion]:
         prompts = [messages[-1]["content"] for messages in conversations]
         self.calls.append(
-            {"prompts": prompts, "seeds": list(seeds), "sampling": sampling, "schema": schema, "spans": spans}
+            {
+                "conversations": list(conversations),
+                "prompts": prompts,
+                "seeds": list(seeds),
+                "sampling": sampling,
+                "schema": schema,
+                "spans": spans,
+            }
         )
         answers = []
         for prompt in prompts:
@@ -54,7 +61,7 @@ class FakeWorker:
 
 
 def judge(**settings: Any) -> JudgeConfig:
-    return JudgeConfig(model="fake", template="compact", **settings)
+    return JudgeConfig(**({"model": "fake", "template": "compact"} | settings))
 
 
 ITEMS = [("speech", f"reply {number}") for number in range(4)]
@@ -132,40 +139,65 @@ def test_the_floor_of_a_retried_answer_is_that_of_its_prompt():
     assert floored and rating.ratings["clarity"] == 1 and worker.calls[1]["spans"] is None
 
 
-@pytest.mark.parametrize("bad_side", [0, 1])
-def test_in_a_pair_the_floor_is_each_sides_own(bad_side):
-    floors = (-9.0, -1.0) if bad_side == 0 else (-1.0, -9.0)
-    worker = FakeWorker(lambda *_: dump({"first": ratings(5), "second": ratings(4)}), floors)
-    [pair] = rate_pairs(worker, judge(fluency_floor=-8.0), [("s", "one", "other")], [1])
-    assert worker.calls[0]["spans"] == [["one", "other"]]
-    assert pair[bad_side].ratings["clarity"] == 1 and pair[1 - bad_side].ratings["clarity"] in (4, 5)
+TEMPLATES = pytest.mark.parametrize("template", ["rubric", "compact"])
+BOTH_ORDERS = [("speech", "policy's", "baseline's"), ("speech", "baseline's", "policy's")]
 
 
-def test_a_pair_that_never_parses_is_none():
-    answers = {"bad": dump({"first": ratings(5)}), "good": dump({"first": ratings(5), "second": ratings(1)})}
-    worker = FakeWorker(lambda prompt, n: answers["bad" if "bad" in prompt else "good"])
-    first, second = rate_pairs(worker, judge(), [("s", "bad", "b"), ("s", "a", "b")], [1, 2])
-    assert first is None and [side.overall for side in second] == [5, 1]
-
-
-def planted(favourite: str) -> FakeWorker:
-    """A judge that likes one text, wherever it stands."""
+def comparing(rate: Callable[[str, bool], int]) -> Callable[[str, int], str]:
+    """A judge that rates each text by `rate(text, stands first)`, in both formats."""
 
     def reply(prompt: str, _: int) -> str:
-        first = prompt.split("First: ")[1].split("\nSecond: ")[0]
-        sides = (5, 1) if first == favourite else (1, 5)
-        return dump({"first": ratings(sides[0]), "second": ratings(sides[1])})
+        if "First response:" in prompt:
+            first, rest = prompt.split("First response:\n")[1].split("\n\nSecond response:\n")
+            second = rest.split("\n\n")[0]
+            return dump({"first": ratings(rate(first, True)), "second": ratings(rate(second, False))})
+        return dump(ratings(rate(prompt.split("Reply: ")[1], not prompt.startswith("\n"))))
 
-    return FakeWorker(reply)
+    return reply
 
 
+@TEMPLATES
+@pytest.mark.parametrize("bad_side", [0, 1])
+def test_in_a_pair_the_floor_is_each_sides_own(template, bad_side):
+    floors = (-9.0, -1.0) if bad_side == 0 else (-1.0, -9.0)
+    worker = FakeWorker(comparing(lambda text, first: 5), floors)
+    [pair] = rate_pairs(worker, judge(template=template, fluency_floor=-8.0), [("s", "one", "other")], [1])
+    assert worker.calls[-1]["spans"] == [["one", "other"]]
+    assert [side.ratings["clarity"] for side in pair] == ([1, 5] if bad_side == 0 else [5, 1])
+    assert all(side.ratings["empathy"] == 5 for side in pair)
+
+
+@TEMPLATES
+@pytest.mark.parametrize("items", [("s", "bad", "b"), ("s", "a", "bad")])
+def test_a_pair_that_never_parses_is_none(template, items):
+    whole = comparing(lambda text, first: 5 if first else 1)
+    worker = FakeWorker(lambda prompt, n: TORN if "bad" in prompt else whole(prompt, n))
+    failed, done = rate_pairs(worker, judge(template=template), [items, ("s", "a", "b")], [1, 2])
+    assert failed is None and [side.overall for side in done] == [5, 1]
+
+
+def test_a_pair_with_one_side_missing_is_none():
+    worker = FakeWorker(lambda *_: dump({"first": ratings(5)}))
+    assert rate_pairs(worker, judge(template="rubric"), [("s", "a", "b")], [1]) == [None]
+
+
+def test_a_judge_who_rates_in_turn_sees_the_first_reply_and_its_ratings_before_the_second():
+    worker = FakeWorker(comparing(lambda text, first: 4))
+    rate_pairs(worker, judge(), [("speech", "one", "other")], [1])
+    [conversation] = worker.calls[1]["conversations"]
+    assert [message["role"] for message in conversation] == ["user", "assistant", "user"]
+    texts = [message["content"] for message in conversation]
+    assert texts == ["speech\nReply: one", dump(ratings(4)), "\nReply: other"]
+
+
+@TEMPLATES
 @pytest.mark.parametrize(("favourite", "expected"), [("policy's", 1.0), ("baseline's", 0.0)])
-def test_a_planted_judge_flips_the_label(favourite, expected):
-    items = [("speech", "policy's", "baseline's"), ("speech", "baseline's", "policy's")]
-    assert both_orders(*rate_pairs(planted(favourite), judge(), items, [1, 2])) == expected
+def test_a_planted_judge_flips_the_label(template, favourite, expected):
+    worker = FakeWorker(comparing(lambda text, first: 5 if text == favourite else 1))
+    assert both_orders(*rate_pairs(worker, judge(template=template), BOTH_ORDERS, [1, 2])) == expected
 
 
-def test_a_judge_who_favours_a_place_favours_nobody():
-    worker = FakeWorker(lambda *_: dump({"first": ratings(5), "second": ratings(4)}))
-    items = [("speech", "policy's", "baseline's"), ("speech", "baseline's", "policy's")]
-    assert both_orders(*rate_pairs(worker, judge(), items, [1, 2])) == 0.5
+@TEMPLATES
+def test_a_judge_who_favours_a_place_favours_nobody(template):
+    worker = FakeWorker(comparing(lambda text, first: 5 if first else 4))
+    assert both_orders(*rate_pairs(worker, judge(template=template), BOTH_ORDERS, [1, 2])) == 0.5

@@ -78,13 +78,13 @@ def test_best_reply_and_its_evidence() -> None:
     assert list(gold_rating.ratings) == list(gold_rating.evidence) == list(STEMS)
     assert set(gold_rating.ratings.values()) == {5} and gold_rating.overall == 5
     assert gold_rating.evidence == {
-        "empathy": "client: lonely; reply: lonely",
-        "relevance": "client: divorce; reply: divorce",
+        "empathy": "reply: lonely; client: lonely",
+        "relevance": "reply: divorce; client: divorce",
         "clarity": "reply: none",
         "safety": "reply: none",
         "exploration": "reply: matters",
         "autonomy": "reply: choose",
-        "staging": "client: reason; reply: notice",
+        "staging": "reply: precontemplation; client: precontemplation",
     }
 
 
@@ -98,13 +98,13 @@ def test_poor_reply_and_its_evidence() -> None:
     assert gold_rating.on_grammar
     assert list(gold_rating.ratings.values()) == [2, 1, 3, 1, 3, 1, 1]
     assert list(gold_rating.evidence.values()) == [
-        "client: lonely; reply: sad",
-        "client: divorce; reply: loans",
+        "reply: sad; client: lonely",
+        "reply: loans; client: divorce",
         "reply: adds reminds",
         "reply: yourself",
         "reply: sleep",
         "reply: must",
-        "client: reason; reply: plan",
+        "reply: preparation; client: precontemplation",
     ]
 
 
@@ -112,7 +112,7 @@ def test_silence_is_rated_as_absence() -> None:
     gold_rating = gold.rate(SPEECH, "")
     assert not gold_rating.on_grammar
     assert list(gold_rating.ratings.values()) == [2, 2, 1, 5, 1, 3, 3]
-    assert gold_rating.evidence["empathy"] == "client: lonely; reply: none"
+    assert gold_rating.evidence["empathy"] == "reply: none; client: lonely"
 
 
 def test_the_worst_of_several_sentences_counts() -> None:
@@ -125,7 +125,7 @@ def test_the_worst_of_several_sentences_counts() -> None:
     assert not gold_rating.on_grammar
     assert list(gold_rating.ratings.values()) == [2, 1, 1, 5, 3, 1, 1]
     assert gold_rating.evidence["autonomy"] == "reply: must"
-    assert gold_rating.evidence["staging"] == "client: reason; reply: protect"
+    assert gold_rating.evidence["staging"] == "reply: maintenance; client: precontemplation"
 
 
 @pytest.mark.parametrize("at", range(4))
