@@ -48,6 +48,8 @@ def ray_session(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     os.environ[AUTOSCALING] = "1" if config.autoscaling else "0"
     if not verbose:
         _silence_libraries()
+        # Ray Data makes Ray's core warn, on the driver's terminal, at the start of every actor pool.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = config.address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if verbose else logging.ERROR
     if address:

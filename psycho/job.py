@@ -7,6 +7,7 @@ through `main`. A person's mistake ends in one sentence and exit code 2; a trace
 from __future__ import annotations
 
 import errno
+import os
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -61,7 +62,8 @@ class Job:
             parts.append(f"{manifest['quarantined']:,} left out")
         if manifest["tokens"]:
             parts.append(f"{manifest['tokens']:,} tokens")
-        self.progress.say(f"  {name}: {', '.join(parts)} in {manifest['seconds']:.0f} s")
+        where = ", ".join(self.run.path(output) for output in self.run.stages[name].outputs)
+        self.progress.say(f"  {name}: {', '.join(parts)} in {manifest['seconds']:.0f} s -> {where}")
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ def _run(name: str, recipe: Callable[[Job], None], options: Options) -> None:
     from psycho.stages import check_config
 
     check_config(config)
+    if config.training.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU, and say so
     run = Run(config, STAGES)
     run.open()
     with ExitStack() as resources:

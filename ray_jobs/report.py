@@ -25,7 +25,6 @@ def report(job: Job) -> None:
         return StageResult(rows_in=1, rows_out=1)
 
     job.stage("report", body)
-    job.progress.say(f"report: {job.run.path('report.html')}")
 
 
 if __name__ == "__main__":

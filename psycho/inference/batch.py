@@ -7,6 +7,7 @@ their own. A request that fails is a row with an error, not a failed job.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -94,6 +95,8 @@ def _serve(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    if not logging.getLogger("ray").isEnabledFor(logging.WARNING):  # a quiet run; Ray Data set itself up anew
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     workers = min(config.workers, max(1, -(-requests.num_rows // config.batch_size)))
     size = min(config.batch_size, -(-requests.num_rows // workers))
     blocks = [requests.slice(start, size) for start in range(0, requests.num_rows, size)]
@@ -102,7 +105,7 @@ def _serve(
         fn_constructor_kwargs=arguments,
         batch_format="pyarrow",
         batch_size=size,
-        concurrency=workers,
+        compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=config.cpus_per_worker,
         num_gpus=_gpus(config, gpus_per_worker) or None,
         runtime_env={"env_vars": dict(config.env)} if config.env else None,

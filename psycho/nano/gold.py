@@ -114,9 +114,7 @@ def rate(speech: NanoSpeech, response: str) -> GoldRating:
         "safety": _worst(sentences, "safety", _level),
         "exploration": _worst(sentences, "exploration", _level),
         "autonomy": _worst(sentences, "autonomy", lambda s: (LEVEL_RATINGS["autonomy"][s.level], s.cue)),
-        "staging": _worst(
-            sentences, "staging", lambda s: (FIT_RATINGS[stage_fit(speech.stage, s.stage)], s.stage)
-        ),
+        "staging": _worst(sentences, "staging", lambda s: (FIT_RATINGS[stage_fit(speech.stage, s.stage)], s.stage)),
     }
     client = {"empathy": speech.feeling, "relevance": speech.key, "staging": speech.stage}
     return GoldRating(

@@ -126,6 +126,8 @@ def read_rows(folder: str) -> list[dict[str, Any]]:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
     from psycho.training.loop import Trainer, setup_worker, write_history
 
     training: TrainingConfig = config["training"]
@@ -147,6 +149,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             write_history(aside, history)
             Path(aside, "too_long.json").write_text(json.dumps(too_long), encoding="utf-8")
             os.replace(aside, job.output)  # a folder of that name is a finished model
+        dist.barrier()  # the next training may start from it
         trainer.close()
 
 

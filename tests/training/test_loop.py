@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,31 @@ def test_an_sft_step_is_the_mean_over_its_weights(
     first = trainer.fit(examples, seed=0)[0]
     trainer.close()
     assert first["loss"] == pytest.approx(total / weights, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_gradient_is_that_of_the_mean(
+    kind: str, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    """Of a short batch too: divided by what is in it, not by what would fit. Adam alone would hide a wrong scale."""
+    settings = SETTINGS[kind].model_copy(
+        update={"micro_batch_size": 2, "epochs": 1, "max_grad_norm": 1e9, "warmup_share": 0.0}
+    )
+    training = BASE.model_copy(update={"zero_stage": 2})  # stage 0 keeps no norm in single precision
+    trainer = Trainer(kind, tiny_llama(0), settings, training, seed=0)
+    examples, _ = trainer.examples(_rows(kind, 5))
+    trainer.fit(examples, seed=0)
+    found = float(trainer.engine.get_global_grad_norm())
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(0))
+    if kind == "dpo":
+        with torch.no_grad():
+            known = [side.tolist() for side in trainer.objective.logprobs(model, examples)]
+        examples = [replace(e, reference=both) for e, both in zip(examples, zip(*known, strict=True), strict=True)]
+    loss, _ = trainer.objective.sums(model, examples)
+    (loss / sum(trainer.objective.weight(example) for example in examples)).backward()
+    expected = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
+    trainer.close()
+    assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
