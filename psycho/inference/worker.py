@@ -221,19 +221,23 @@ def engine_arguments(engine: EngineConfig, runner: str, seed: int) -> dict[str, 
 
 
 def _span_floors(tokenizer: Any, text: str, spans: Sequence[str], output: Any) -> tuple[float, ...]:
-    """The lowest log-probability of the tokens that lie wholly in each span of the prompt."""
+    """The lowest log-probability of the tokens that lie wholly in each span of the prompt.
+
+    Spans are looked for from the end: what is asked about comes last, and its words may occur before it.
+    """
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    floors, start = [], 0
-    for span in spans:
-        begin = text.find(span, start)
+    floors: list[float] = []
+    end = len(text)
+    for span in reversed(spans):
+        begin = text.rfind(span, 0, end)
         if begin < 0:  # a chat template may trim; then there is nothing to say
             floors.append(0.0)
             continue
-        start = begin + len(span)
         logprobs = [
             next(iter(entry.values())).logprob
             for entry, (low, high) in zip(output.prompt_logprobs, offsets, strict=True)
-            if entry and begin <= low and high <= start and high > low
+            if entry and begin <= low < high <= begin + len(span)
         ]
         floors.append(min(logprobs, default=0.0))
-    return tuple(floors)
+        end = begin
+    return tuple(reversed(floors))

@@ -86,13 +86,12 @@ def _rate_in_turn(
         prompts.append([*single_prompt(speech, first, judge.template), given, second_turn(second)])
         places.append(index)
     schema = json.dumps(single_schema(judge.max_evidence_chars))
-    # The first reply may hold the same words: the span of the second is searched for behind it.
     spans = [[items[index][1], items[index][2]] for index in places]
     asked = _ask(worker, judge, prompts, [seeds[index] for index in places], schema, spans, parse_single)
     for index, (rating, completion, _) in zip(places, asked, strict=True):
-        first = firsts[index][0]
-        if rating is not None and first is not None:
-            results[index] = (first, _floor(rating) if _under_floor(judge, completion, 1) else rating)
+        before = firsts[index][0]
+        if rating is not None and before is not None:
+            results[index] = (before, _floor(rating) if _under_floor(judge, completion, 1) else rating)
     return results
 
 

@@ -7,6 +7,7 @@ change of any makes new ones and a second run makes none.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import shutil
@@ -22,9 +23,9 @@ from psycho import storage
 from psycho.config import NanoConfig, SFTConfig, TrainingConfig
 from psycho.errors import BadInput, WaitTimedOut
 from psycho.inference.models import cache_root
+from psycho.judging import rubric
 from psycho.nano import corpora
 from psycho.progress import Progress
-from psycho.judging import rubric
 from psycho.run import content_key
 from psycho.training.launch import TrainJob, train
 
@@ -55,12 +56,21 @@ def nano_key(config: NanoConfig) -> str:
     digest = hashlib.sha256()
     package = resources.files("psycho.nano")
     for name in _SOURCES:
-        digest.update(package.joinpath(name).read_bytes())
-    digest.update(inspect.getsource(rubric).encode())  # the judge learns the compact format's very words
+        digest.update(_code(package.joinpath(name).read_text(encoding="utf-8")))
+    digest.update(_code(inspect.getsource(rubric)))  # the judge learns the compact format's very words
     for bank in sorted(package.joinpath("banks").iterdir(), key=lambda entry: entry.name):
         if bank.name.endswith(".yaml"):
             digest.update(bank.read_bytes())
     return content_key(digest.hexdigest(), config.model_dump())
+
+
+def _code(source: str) -> bytes:
+    """The code without comments, docstrings and layout: a change of words is no reason to train again."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree).encode()
 
 
 def nano_folder(config: NanoConfig) -> Path:

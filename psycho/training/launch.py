@@ -94,9 +94,9 @@ def launch(
         run_config=RunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=storage_path,
-            # Without the second limit, Ray Train asks for workers that do not come again and again, for ever.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            worker_runtime_env={"env_vars": _environment(training)},  # type: ignore[call-arg]  # of Ray Train V2
+            # Without the second limit (Ray Train V2) it asks for workers that do not come again and again, for ever.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": _environment(training)},
         ),
     )
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(training.start_timeout_s)
