@@ -214,7 +214,7 @@ class OnlineConfig(PreferenceConfig):
     min_gap: float = Field(0.0, ge=0, description="in the scorer's units; a tie never pairs")
     max_pairs_per_speech: int = Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig()
-    round_timeout_s: float = Field(7200, gt=0)
+    round_timeout_s: float = Field(7200, gt=0, description="for sampling and scoring a round")
 
 
 class EvaluationConfig(Section):

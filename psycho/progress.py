@@ -57,7 +57,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line for the person who waits."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str = "rows") -> Iterator[Reporter]:

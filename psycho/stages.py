@@ -89,7 +89,7 @@ def _train_online(config: Config) -> Settings:
     judged = config.online.scorer == "judge"
     return {
         "training": _training(config),
-        "online": config.online,
+        "online": config.online.model_dump(mode="json", exclude={"round_timeout_s"}),
         "judge": (config.judge, identity(config, config.judge.model)) if judged else None,
         "engine": config.inference.engine,
         "seed": config.seed,

@@ -33,6 +33,9 @@ def train_online(job: Job) -> None:
             storage.remove(folder)
             Path(folder).parent.mkdir(parents=True, exist_ok=True)
         start = storage.local_copy(job.run.path("models", "dpo"), cache_root() / "models")
+        # The other ranks wait in a collective while rank 0 has a round sampled and scored.
+        limit = max(config.training.collective_timeout_s, online.round_timeout_s)
+        training = config.training.model_copy(update={"collective_timeout_s": limit})
         judged = online.scorer == "judge"
         scorer = resolve(config, config.judge.model)
         if not judged:
@@ -46,7 +49,7 @@ def train_online(job: Job) -> None:
             launch(
                 online_worker,
                 {
-                    "training": config.training,
+                    "training": training,
                     "online": online,
                     "seed": config.seed,
                     "policy": start,
@@ -55,7 +58,7 @@ def train_online(job: Job) -> None:
                     "speeches": speeches,
                     "rollout": Rollout(pool, config, config.judge, scorer, reporter),
                 },
-                config.training,
+                training,
                 storage.join(partial, "ray"),
             )
         rounds = json.loads(storage.read_text(storage.join(output, "rounds.json")) or "[]")

@@ -103,12 +103,12 @@ def _check_columns(found: list[str], config: SpeechesConfig) -> None:
     for setting, column in (("text_column", config.text_column), ("id_column", config.id_column)):
         if column and column not in found:
             raise BadInput(
-                f"{config.source} has no column {column}; its columns are {', '.join(map(_shown, found[:20]))}: "
-                f"set speeches.{setting}"
+                f"{config.source} has no column {column}; its columns are {_shown(found)}: set speeches.{setting}"
             )
 
 
-def _shown(name: str) -> str:
-    """A column's name, unless it looks like text: the first row of a file without a header is a client's speech."""
-    plain = len(name) <= 40 and len(name.split()) <= 3 and name.isprintable()
-    return name if plain else f"({len(name)} characters; is the header missing?)"
+def _shown(names: list[str]) -> str:
+    """Column names, unless one reads like text: the first row of a file without a header is a client's speech."""
+    if all(len(name) <= 40 and len(name.split()) <= 3 and name.isprintable() for name in names):
+        return ", ".join(names[:20])
+    return f"{len(names)} that read like text (is the header missing?)"
