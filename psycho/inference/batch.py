@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +18,8 @@ import ray
 from psycho import storage
 from psycho.cluster import AUTOSCALING
 from psycho.config import InferenceConfig
-from psycho.errors import BadInput, StageFailed, WaitTimedOut
+from psycho.errors import BadInput, StageFailed
+from psycho.waiting import wait_for
 
 
 def run_batches(
@@ -119,37 +118,6 @@ def _serve(
         start_s=config.start_timeout_s,
         step_s=config.batch_timeout_s,
     )
-
-
-def wait_for(work: Callable[[], Any], progress: Callable[[], int], what: str, start_s: float, step_s: float) -> Any:
-    """Run `work` in a thread and give up when `progress` stands still for too long.
-
-    Raises:
-        WaitTimedOut: nothing came within `start_s` seconds, or nothing new within `step_s`.
-    """
-    result: list[Any] = []
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    last, since = progress(), time.monotonic()
-    limit = start_s
-    while thread.is_alive():
-        thread.join(timeout=1.0)
-        current = progress()
-        if current != last:
-            last, since, limit = current, time.monotonic(), step_s
-        elif time.monotonic() - since > limit:
-            raise WaitTimedOut(what, limit)
-    if failure:
-        raise failure[0]
-    return result[0]
 
 
 def split_errors(tables: Sequence[pa.Table]) -> tuple[pa.Table, list[dict[str, Any]]]:

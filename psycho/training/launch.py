@@ -21,6 +21,7 @@ from psycho.cluster import AUTOSCALING
 from psycho.config import LoopConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
 from psycho.progress import Reporter
+from psycho.waiting import wait_for
 
 _LOST_CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 
@@ -101,7 +102,8 @@ def launch(
     )
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(training.start_timeout_s)
     try:
-        trainer.fit()
+        # Its own limits are the start of the workers and each collective; training as such takes as long as it takes.
+        wait_for(trainer.fit, progress=lambda: 0, what="training", start_s=float("inf"), step_s=float("inf"))
     except Exception as error:
         from psycho.job import explain
 

@@ -57,7 +57,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     log = run_dir.parent / "log.txt"
     manifest = run_dir / "manifests" / "generate.json"
     with log.open("w") as file:
-        process = subprocess.Popen(_command(run_dir), cwd=ROOT, env=environment, stderr=file, stdout=file)
+        process = subprocess.Popen(
+            _command(run_dir),
+            cwd=ROOT,
+            env=environment,
+            stderr=file,
+            stdout=file,
+            # A shell's background job ignores SIGINT, and what it starts inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while process.poll() is None and not manifest.exists():
             time.sleep(0.2)  # until there is something to lose
         process.send_signal(signal.SIGINT)
