@@ -38,7 +38,7 @@ HANGS_ON: dict[str, set[str]] = {
     "policy=nano:warm": FROM_TRAINING,
     "training.max_length=512": FROM_TRAINING,
     "training.precision=bf16": FROM_TRAINING,
-    "training.sft.lr=1e-3": FROM_TRAINING - {"train_reward"},  # training.dpo.init is sft
+    "training.sft.lr=1e-3": {"train_sft", "evaluate", "report"},  # training.dpo.init is base
     "training.reward.lr=1e-3": {"train_reward", "evaluate", "report"},  # online.scorer is the judge
     "training.dpo.beta=0.2": {"train_dpo", *FROM_ONLINE},
     "online.rounds=3": FROM_ONLINE,
@@ -76,8 +76,8 @@ def test_the_reward_model_matters_online_only_where_it_scores():
 
 
 def test_sft_matters_to_dpo_only_where_it_starts_from_it():
-    before, after = (keys("training.dpo.init=base", f"training.sft.lr={lr}") for lr in ("1e-3", "2e-3"))
-    assert {n for n in ALL if before[n] != after[n]} == {"train_sft", "evaluate", "report"}
+    before, after = (keys("training.dpo.init=sft", f"training.sft.lr={lr}") for lr in ("1e-3", "2e-3"))
+    assert {n for n in ALL if before[n] != after[n]} == {"train_sft", "train_dpo", *FROM_ONLINE}
 
 
 def test_a_changed_source_file_changes_every_key(tmp_path):
