@@ -20,6 +20,7 @@ CLIENT_SPEECH = pa.schema(
         ("question", pa.string()),
         ("split", pa.string()),  # train | evaluation
         ("topic", pa.string()),
+        ("history", pa.string()),  # JSON of the earlier turns [{role, content}, ...]; null for a single turn
     ]
 )
 
@@ -78,6 +79,7 @@ PREFERENCE_PAIR = pa.schema(
         *[(f"{side}_{stem}_rating", pa.int32()) for side in ("chosen", "rejected") for stem in STEMS],
         ("speech_id", pa.string()),
         ("gap", pa.float64()),
+        ("history", pa.string()),
     ]
 )
 

@@ -88,7 +88,7 @@ def sample_all(job: Job, pool: WorkerPool, speeches: Speeches, reporter: Reporte
     folders = {"base": resolve(config, config.policy), BASELINE: resolve(config, config.evaluation.baseline)}
     for name in POLICIES[1:]:
         folders[name] = storage.local_copy(job.run.path("models", name), cache_root() / "models")
-    prompts = [prompt(s["question"], config.generation.system_prompt) for s in speeches]
+    prompts = [prompt(s, config.generation.system_prompt) for s in speeches]
     return {
         name: pool.sample(
             folder,
@@ -160,7 +160,7 @@ def audit_reward(job: Job, pool: WorkerPool) -> dict[str, Any]:
     model = storage.local_copy(job.run.path("models", "reward"), cache_root() / "models")
     conversations = [
         [
-            *prompt(p["question"], job.config.generation.system_prompt),
+            *prompt(p, job.config.generation.system_prompt),
             {"role": "assistant", "content": p[side]},
         ]
         for side in ("chosen", "rejected")
@@ -177,11 +177,11 @@ def audit_reward(job: Job, pool: WorkerPool) -> dict[str, Any]:
 
 def audit_judge(job: Job) -> dict[str, Any]:
     """How the label judge spread its ratings; against gold where there is one."""
-    questions, speeches = rated_speeches(job)
+    said, speeches = rated_speeches(job)
     rows = [row for rated in speeches.values() for row in rated]
     overall = [row["overall"] for row in rows]
     result: dict[str, Any] = {"n": len(rows), "mean_overall": sum(overall) / len(overall), "overall": overall}
-    known = truth.gold_ratings([(questions[row["speech_id"]], row["response"]) for row in rows])
+    known = truth.gold_ratings([(said[row["speech_id"]]["question"], row["response"]) for row in rows])
     return result | (truth.judge_against_gold(rows, known) if known else {})
 
 

@@ -28,7 +28,7 @@ def pair(job: Job) -> None:
         train: Rows = []
         test: Rows = []
         left_out: Rows = []
-        questions, speeches = rated_speeches(job)
+        said, speeches = rated_speeches(job)
         for speech_id, rows in sorted(speeches.items()):
             if rows[0]["split"] == "train":
                 pairs, dropped = train_pairs(rows, job.config.pairs)
@@ -36,7 +36,7 @@ def pair(job: Job) -> None:
             else:
                 best, dropped = test_pair(rows, job.config.pairs)
                 pairs, target = ([best] if best else []), test
-            target += [pair_row(speech_id, questions[speech_id], n, c, r) for n, (c, r) in enumerate(pairs)]
+            target += [pair_row(said[speech_id], n, c, r) for n, (c, r) in enumerate(pairs)]
             left_out += dropped
         for name, rows in (("train", train), ("test", test)):
             if not rows:
@@ -59,16 +59,15 @@ def pair(job: Job) -> None:
     job.stage("pair", body)
 
 
-def rated_speeches(job: Job) -> tuple[dict[str, str], dict[str, Rows]]:
-    """Questions, and each speech's rated responses."""
+def rated_speeches(job: Job) -> tuple[dict[str, dict[str, Any]], dict[str, Rows]]:
+    """Client speeches by id, and each one's rated responses."""
     responses = {row["request_id"]: row for row in responses_with_speech(job).to_pylist()}
-    questions: dict[str, str] = {}
+    said = {row["speech_id"]: row for row in storage.read_table(job.run.path("speeches")).to_pylist()}
     speeches: dict[str, Rows] = defaultdict(list)
     for rating in storage.read_table(job.run.path("ratings")).to_pylist():
         row = responses[rating["request_id"]]
-        questions[row["speech_id"]] = row["question"]
         speeches[row["speech_id"]].append(rating | {"response": row["response"]})
-    return questions, speeches
+    return said, speeches
 
 
 if __name__ == "__main__":

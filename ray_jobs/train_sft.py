@@ -22,12 +22,12 @@ def train_sft(job: Job) -> None:
 
     def body(partial: str) -> StageResult:
         ensure_nano(job)
-        questions, speeches = rated_speeches(job)
+        said, speeches = rated_speeches(job)
         rows = []
         for speech_id, rated in sorted(speeches.items()):
             best = max(rated, key=lambda row: (row["overall"], row["request_id"]))
             if best["split"] == "train" and best["overall"] >= config.training.sft.min_overall:
-                messages = prompt(questions[speech_id], config.generation.system_prompt)
+                messages = prompt(said[speech_id], config.generation.system_prompt)
                 messages.append({"role": "assistant", "content": best["response"]})
                 rows.append({"id": best["request_id"], "messages": json.dumps(messages, ensure_ascii=False)})
         return train_stage(

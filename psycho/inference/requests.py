@@ -30,11 +30,12 @@ def request_row(
         "model": model,
         "sample": sample,
         "seed": stable_seed("sample", seed, speech["speech_id"], model, sample),
-        "messages": json.dumps(prompt(speech["question"], system_prompt), ensure_ascii=False),
+        "messages": json.dumps(prompt(speech, system_prompt), ensure_ascii=False),
     }
 
 
-def prompt(question: str, system_prompt: str | None) -> list[dict[str, str]]:
-    """The messages a policy answers."""
+def prompt(speech: Mapping[str, Any], system_prompt: str | None) -> list[dict[str, str]]:
+    """The messages a policy answers: `question`, after the earlier turns (`history`, JSON) where there are any."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": question}]
+    history = json.loads(speech.get("history") or "[]")
+    return [*system, *history, {"role": "user", "content": speech["question"]}]

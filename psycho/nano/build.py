@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock, Timeout
@@ -25,6 +25,7 @@ from psycho.errors import BadInput, WaitTimedOut
 from psycho.inference.models import cache_root
 from psycho.judging import rubric
 from psycho.nano import corpora
+from psycho.principles import STEMS
 from psycho.progress import Progress
 from psycho.run import content_key
 from psycho.training.launch import TrainJob, train
@@ -57,11 +58,17 @@ def nano_key(config: NanoConfig) -> str:
     package = resources.files("psycho.nano")
     for name in _SOURCES:
         digest.update(_code(package.joinpath(name).read_text(encoding="utf-8")))
-    digest.update(_code(inspect.getsource(rubric)))  # the judge learns the compact format's very words
+    digest.update(repr(_format()).encode())
     for bank in sorted(package.joinpath("banks").iterdir(), key=lambda entry: entry.name):
         if bank.name.endswith(".yaml"):
             digest.update(bank.read_bytes())
     return content_key(digest.hexdigest(), config.model_dump())
+
+
+def _format() -> tuple[Any, ...]:
+    """The compact format's very words, which the judge learns."""
+    answer = rubric.answer(dict.fromkeys(STEMS, 3), dict.fromkeys(STEMS, "some words"))
+    return rubric.single_prompt("speech", "reply", "compact"), rubric.second_turn("reply"), rubric.dump(answer)
 
 
 def _code(source: str) -> bytes:

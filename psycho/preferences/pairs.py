@@ -56,18 +56,19 @@ def test_pair(responses: Sequence[Row], config: PairsConfig) -> tuple[tuple[Row,
 test_pair.__test__ = False  # type: ignore[attr-defined]  # the name is the paper's, not pytest's
 
 
-def pair_row(speech_id: str, question: str, number: int, chosen: Row, rejected: Row) -> dict[str, Any]:
+def pair_row(speech: Row, number: int, chosen: Row, rejected: Row) -> dict[str, Any]:
     """A row of the published schema (`schema.PREFERENCE_PAIR`)."""
     row: dict[str, Any] = {
-        "ID": speech_id,
+        "ID": speech["speech_id"],
         "prefID": number,
-        "question": question,
+        "question": speech["question"],
         "chosen": chosen["response"],
         "rejected": rejected["response"],
         "chosen_model": chosen["model"],
         "rejected_model": rejected["model"],
-        "speech_id": speech_id,
+        "speech_id": speech["speech_id"],
         "gap": chosen["overall"] - rejected["overall"],
+        "history": speech.get("history"),
     }
     for side, source in (("chosen", chosen), ("rejected", rejected)):
         row |= {f"{side}_{stem}_rating": source[f"{stem}_rating"] for stem in STEMS}

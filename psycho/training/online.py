@@ -43,7 +43,7 @@ class Rollout:
         online, seed = self.config.online, self.config.seed
         k = online.samples_per_speech
         asked = [(speech, sample) for speech in speeches for sample in range(k)]
-        prompts = [prompt(s["question"], self.config.generation.system_prompt) for s, _ in asked]
+        prompts = [prompt(s, self.config.generation.system_prompt) for s, _ in asked]
         seeds = [stable_seed("online", seed, number, s["speech_id"], n) for s, n in asked]
         answers = self.pool.sample(policy, prompts, seeds, online.sampling, self.reporter)
         texts = [answer.text.strip() for answer in answers]

@@ -25,11 +25,11 @@ def preference_rows(config: Config, pairs: pa.Table) -> list[dict[str, Any]]:
     return [
         {
             "id": f"{row['ID']}/{row['prefID']}",
-            "messages": json.dumps(prompt(row["question"], config.generation.system_prompt), ensure_ascii=False),
+            "messages": json.dumps(prompt(row, config.generation.system_prompt), ensure_ascii=False),
             "chosen": row["chosen"],
             "rejected": row["rejected"],
         }
-        for row in pairs.select(["ID", "prefID", "question", "chosen", "rejected"]).to_pylist()
+        for row in pairs.select(["ID", "prefID", "question", "chosen", "rejected", "history"]).to_pylist()
     ]
 
 

@@ -85,4 +85,12 @@ def test_a_request_row_is_of_the_schema_and_holds_the_prompt():
 
 
 def test_no_system_prompt_is_no_system_message():
-    assert prompt("How?", None) == prompt("How?", "") == [{"role": "user", "content": "How?"}]
+    speech = {"question": "How?", "history": None}
+    assert prompt(speech, None) == prompt(speech, "") == [{"role": "user", "content": "How?"}]
+
+
+def test_earlier_turns_come_between_the_system_prompt_and_the_speech():
+    history = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Welcome."}]
+    speech = {"question": "How?", "history": json.dumps(history)}
+    assert [m["role"] for m in prompt(speech, "Listen.")] == ["system", "user", "assistant", "user"]
+    assert prompt(speech, None) == [*history, {"role": "user", "content": "How?"}]

@@ -162,7 +162,7 @@ def test_fewer_than_two_responses_are_no_candidate(rows):
 
 def a_row() -> dict[str, Any]:
     chosen, rejected = response(0, (5, 4, 3, 5, 4, 3, 5), "warm"), response(1, (1, 2, 3, 1, 2, 3, 1), "cold")
-    return pair_row("s1", "How?", 3, chosen, rejected)
+    return pair_row({"speech_id": "s1", "question": "How?", "history": None}, 3, chosen, rejected)
 
 
 def test_a_pair_row_says_whose_rating_is_whose():
