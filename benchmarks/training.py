@@ -90,7 +90,7 @@ def model_folder(root: Path) -> Path:
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
-        )  # fmt: skip
+        )
     ).save_pretrained(root)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

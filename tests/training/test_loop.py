@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from psycho import storage
-from psycho.config import DPOConfig, LoopConfig, RewardConfig, SFTConfig, TrainingConfig
+from psycho.config import DPOConfig, LoopConfig, LoRAConfig, RewardConfig, SFTConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
 from psycho.training.launch import TrainJob, read_history, read_rows, train
 from psycho.training.loop import Trainer, setup_worker, write_history
@@ -137,8 +137,9 @@ def test_one_bin_is_many_and_packed_is_padded(
             (theirs[n] - before[n]).pow(2).sum() for n in same
         )
         assert off < 1e-4
-        for ours, theirs in zip(history, expected, strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-4)
+        assert history[0] == pytest.approx(expected[0], abs=1e-5)
+        for mine, other in zip(history, expected, strict=True):
+            assert mine == pytest.approx(other, abs=2e-3)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -263,6 +264,33 @@ def test_the_seed_makes_the_training(one_rank: None, tiny_llama: Callable[..., s
         trainer.close()
     _assert_same(_weights(tmp_path / "a"), _weights(tmp_path / "b"), 0.0)
     assert _distance(_weights(tmp_path / "a"), _weights(tmp_path / "c")) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_lora_trains_little_and_saves_a_plain_model(
+    kind: str, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    """The first DPO loss is ln 2 without a copy of the base; what is saved loads without peft and answers alike."""
+    training = BASE.model_copy(update={"lora": LoRAConfig(r=4, alpha=8), "zero_stage": 2})
+    settings = SETTINGS[kind].model_copy(update={"lr": 5e-3, **({"nll_weight": 0.0} if kind == "dpo" else {})})
+    trainer = Trainer(kind, tiny_llama(0), settings, training, seed=0)
+    groups, _ = trainer.groups(_rows(kind))
+    history = trainer.fit(groups, seed=0)
+    batch = padded(groups, 0)
+    trainer.engine.eval()
+    with torch.no_grad():
+        expected = trainer.engine(batch)
+    trainer.save(str(tmp_path / "out"))
+    trainer.close()
+    if kind == "dpo":
+        assert history[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert history[-1]["loss"] < history[0]["loss"]
+    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "out")
+    names = _weights(tmp_path / "out").keys()
+    assert not [name for name in names if "lora" in name or "base_layer" in name]
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.objective.wrap(loaded)(batch), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_over_the_maximal_length_are_named(one_rank: None, tiny_llama: Callable[..., str]) -> None:
