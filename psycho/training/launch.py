@@ -39,6 +39,7 @@ class TrainJob:
     shuffle: bool = True
     overrides: dict[str, Any] = field(default_factory=dict)  # of the training section
     name: str = ""
+    references: str | None = None  # folder of stored reference log-probabilities
 
 
 def train(jobs: Sequence[TrainJob], training: TrainingConfig, reporter: Reporter | None, storage_path: str) -> None:
@@ -138,13 +139,13 @@ def _train_worker(config: dict[str, Any]) -> None:
     for job in config["jobs"]:
         own = training.model_copy(update=job.overrides)
         trainer = Trainer(job.kind, job.model, job.settings, own, job.seed)
-        examples, too_long = trainer.examples(read_rows(job.data))
+        groups, too_long = trainer.groups(read_rows(job.data))
 
         def on_step(rows: int, tokens: int, statistics: dict[str, float], name: str = job.name) -> None:
             if reporter and trainer.rank == 0:  # noqa: B023 - used only while this job runs
                 reporter.add(rows, tokens, f"{name} loss {statistics['loss']:.3f}".strip())
 
-        history = trainer.fit(examples, job.seed, on_step, job.shuffle) if examples else []
+        history = trainer.fit(groups, job.seed, on_step, job.shuffle, job.references) if groups else []
         aside = f"{job.output}.unfinished"
         trainer.save(aside)
         if trainer.rank == 0:
