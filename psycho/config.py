@@ -212,6 +212,8 @@ class TrainingConfig(Section):
     offload_parameters: bool = Field(False, description="to the host's memory; needs zero_stage 3")
     gradient_checkpointing: bool = False
     bin_tokens: int = Field(16384, ge=32, description="tokens a worker handles at once; at least twice max_length")
+    checkpoint_every_steps: int | None = Field(100, ge=1, description="an interrupted training goes on from the last")
+    max_failures: int = Field(0, ge=0, description="worker failures (a spot node that goes) after which it goes on")
     packing: bool = Field(True, description="encode a prompt once for all its responses; off: a padded row each")
     lora: LoRAConfig | None = Field(None, description="none: all weights are trained")
     threads_per_worker: int | None = Field(None, ge=1, description="CPU threads of torch")

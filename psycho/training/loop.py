@@ -22,7 +22,9 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from psycho.config import LoopConfig, TrainingConfig
-from psycho.training.groups import Group, split
+from psycho.run import content_key
+from psycho.training.checkpoint import Checkpoints
+from psycho.training.groups import Group, response_key, split
 from psycho.training.lora import add_lora, merged
 from psycho.training.modules import use_packing
 from psycho.training.objectives import OBJECTIVES, Preference, Row
@@ -77,11 +79,13 @@ class Trainer:
         on_step: OnStep | None = None,
         shuffle: bool = True,
         references: str | None = None,
+        checkpoints: str | None = None,
     ) -> list[dict[str, float]]:
         """Train for the configured epochs; returns the statistics of each optimizer step.
 
         Args:
             references: folder of the stored reference log-probabilities, where the objective needs them.
+            checkpoints: folder of checkpoints that an interrupted training goes on from; none: it starts anew.
         """
         if self.objective.needs_reference:
             groups = self._with_references(groups, references)
@@ -94,9 +98,10 @@ class Trainer:
                 sizes, counts, settings.batch_size, self.world, self.training.bin_tokens, seed + epoch, shuffle
             )
         ]
-        history = []
+        saved = self._checkpoints(checkpoints, groups, seed)
+        done, history = saved.resume(self.engine) if saved else (0, [])
         self.engine.train()
-        for number, step in enumerate(steps):
+        for number, step in enumerate(steps[done:], start=done):
             rate = learning_rate(number, len(steps), settings.lr, settings.warmup_share, settings.schedule)
             for parameters in self.engine.optimizer.param_groups:
                 parameters["lr"] = rate
@@ -108,7 +113,18 @@ class Trainer:
             history.append(statistics)
             if on_step:
                 on_step(sum(counts[index] for index in step.groups), read, statistics)
+            if saved:
+                saved.save(self.engine, number + 1, len(steps), history)
         return history
+
+    def _checkpoints(self, folder: str | None, groups: Sequence[Group], seed: int) -> Checkpoints | None:
+        every = self.training.checkpoint_every_steps
+        if folder is None or every is None:
+            return None
+        data = [response_key(group, index) for group in groups for index in range(len(group.responses))]
+        training = self.training.model_dump(exclude={"env", "checkpoint_every_steps"})
+        key = content_key(self.settings.model_dump(), training, self.world, seed, data)
+        return Checkpoints(folder, key, every)
 
     def _step(self, step: Step, groups: Sequence[Group]) -> dict[str, float]:
         """One optimizer step. Nothing waits for the device before the sums are read at its end."""

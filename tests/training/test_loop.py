@@ -266,6 +266,52 @@ def test_the_seed_makes_the_training(one_rank: None, tiny_llama: Callable[..., s
     assert _distance(_weights(tmp_path / "a"), _weights(tmp_path / "c")) > 1e-3
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_resumed_is_uninterrupted(stage: int, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """Killed after any step, the same call goes on from the last checkpoint to the same model and statistics."""
+    training = BASE.model_copy(update={"zero_stage": stage, "checkpoint_every_steps": 2})
+    where, kept = str(tmp_path / "checkpoints"), {}
+
+    class Killed(Exception):
+        pass
+
+    def kill(rows: int, tokens: int, statistics: dict[str, float]) -> None:
+        if statistics["step"] == 2:
+            raise Killed
+
+    for name, on_steps in (("through", [None]), ("resumed", [kill, None])):
+        for on_step in on_steps:
+            trainer = Trainer("dpo", tiny_llama(0), SETTINGS["dpo"], training, seed=0)
+            groups, _ = trainer.groups(_rows("dpo"))
+            try:
+                history = trainer.fit(groups, 0, on_step, checkpoints=where if name == "resumed" else None)
+            except Killed:
+                trainer.close()
+        trainer.save(str(tmp_path / name))
+        trainer.close()
+        kept[name] = [_steady(row) for row in history]
+    assert len(kept["through"]) > 4
+    for one, other in zip(kept["through"], kept["resumed"], strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    _assert_same(_weights(tmp_path / "through"), _weights(tmp_path / "resumed"), 1e-6)
+
+
+def test_a_checkpoint_of_other_data_is_not_gone_on_from(
+    one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    training = BASE.model_copy(update={"checkpoint_every_steps": 2})
+    steps = []
+    for rows in (_rows("sft"), _rows("sft")[::-1], _rows("sft")[::-1]):
+        trainer = Trainer("sft", tiny_llama(0), SETTINGS["sft"], training, seed=0)
+        seen: list[float] = []
+        trainer.fit(
+            trainer.groups(rows)[0], 0, lambda r, t, s, to=seen: to.append(s["step"]), checkpoints=str(tmp_path)
+        )
+        trainer.close()
+        steps.append(len(seen))
+    assert steps[0] == steps[1] > steps[2]
+
+
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
 def test_lora_trains_little_and_saves_a_plain_model(
     kind: str, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
