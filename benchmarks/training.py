@@ -110,6 +110,17 @@ def groups(single: bool = False) -> list[Any]:
     return [only(group, [0]) for group in found] if single else found
 
 
+def text_rows(single: bool = False) -> list[dict[str, str]]:
+    """The same pairs as text, a word a token; TRL adds the end token itself."""
+    rows = []
+    for prompt, responses, pairs in speeches():
+        for chosen, rejected in pairs[:1] if single else pairs:
+            sides = (prompt, responses[chosen][:-1], responses[rejected][:-1])
+            words = [" ".join(f"w{i}" for i in ids) for ids in sides]
+            rows.append({"prompt": words[0], "chosen": f" {words[1]}", "rejected": f" {words[2]}"})
+    return rows
+
+
 def _ours(variant: str, folder: str) -> Callable[[], dict[str, float]]:
     import torch
     import torch.distributed as dist
@@ -216,13 +227,7 @@ def _trl(variant: str, folder: str) -> Callable[[], dict[str, float]]:
     if "compact" in variant:
         trl.trainer.utils._use_triton = lambda device: True  # only decides on which tokens the head works
     single, epoch = variant.endswith("_single"), variant.endswith("_epoch")
-    rows = []
-    for prompt, responses, pairs in speeches():
-        for chosen, rejected in pairs[:1] if single else pairs:
-            texts = [
-                " ".join(f"w{i}" for i in ids) for ids in (prompt, responses[chosen][:-1], responses[rejected][:-1])
-            ]
-            rows.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
+    rows = text_rows(single)
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -247,7 +252,7 @@ def _trl(variant: str, folder: str) -> Callable[[], dict[str, float]]:
         rows.append(rows.pop(0))  # other data by its hash, or reference log-probabilities would come from a cache
         if "reward" in variant:
             model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-            data = Dataset.from_list([{k: f"{r['prompt']} {r[k]}" for k in ("chosen", "rejected")} for r in rows])
+            data = Dataset.from_list([{k: r["prompt"] + r[k] for k in ("chosen", "rejected")} for r in rows])
             trainer: Any = RewardTrainer(model, RewardConfig(**common), train_dataset=data, processing_class=tokenizer)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
