@@ -13,10 +13,12 @@ import pyarrow as pa
 from psycho import storage
 from psycho.job import Job, main
 from psycho.nano import build
+from psycho.preferences.published import read_published
 from psycho.run import StageResult
 from psycho.schema import CLIENT_SPEECH
 from psycho.speeches.clean import clean_speeches, split_speeches
 from psycho.speeches.read import read_speeches
+from psycho.stages import starts_from_pairs
 
 
 def prepare(job: Job) -> None:
@@ -25,7 +27,10 @@ def prepare(job: Job) -> None:
 
     def body(partial: str) -> StageResult:
         quarantine: list[dict[str, Any]] = []
-        if config.source == "nano":
+        if starts_from_pairs(job.config):
+            speeches = list(read_published(job.config.pairs, job.config.seed).speeches.values())
+            rows = len(speeches)
+        elif config.source == "nano":
             speeches = build.speeches(job.config.nano, config.nano_train, config.evaluation, job.config.seed)
             rows = len(speeches)
         else:
