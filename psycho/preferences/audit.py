@@ -133,7 +133,8 @@ def _opening_features(pairs: Sequence[Row]) -> Any:
         hashed.transform([" ".join(pair[side].split()[:OPENING_WORDS]) for pair in pairs])
         for side in ("chosen", "rejected")
     ]
-    return (sides[0] - sides[1]).tocsr()
+    difference = (sides[0] - sides[1]).tocsc()
+    return difference[:, np.flatnonzero(np.diff(difference.indptr))].tocsr()  # words that tell the sides apart
 
 
 def _cross_validated(features: Any, speech_ids: Sequence[str]) -> Any:
@@ -151,6 +152,7 @@ def _cross_validated(features: Any, speech_ids: Sequence[str]) -> Any:
     turned = features.multiply(labels[:, None]).tocsr()
     margins = np.zeros(len(speech_ids))
     for fit, held in GroupKFold(_FOLDS).split(labels, groups=np.asarray(speech_ids)):
-        model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(turned[fit], labels[fit])
+        model = LogisticRegression(fit_intercept=False, solver="liblinear", random_state=0)
+        model.fit(turned[fit], labels[fit])
         margins[held] = model.decision_function(features[held])
     return _ordered(margins)

@@ -107,9 +107,7 @@ def test_pairs_are_refused_where_a_cluster_is_on_two_sides():
 
 def test_no_pair_at_all_is_one_sentence():
     speeches, responses = world()
-    with pytest.raises(
-        BadInput, match=r"no train pair .* 46 client speeches \(most often: tie\); lower "
-    ):
+    with pytest.raises(BadInput, match=r"no train pair .* 46 client speeches \(most often: tie\); lower "):
         build_pairs(speeches, {s: rated(speeches[s], 3, 3) for s in responses}, PairsConfig(), 0)
 
 
