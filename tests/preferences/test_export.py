@@ -229,6 +229,17 @@ def test_a_push_is_private_unless_it_is_said_to_be_public(hub: Hub, job: Job, tm
     assert upload["folder_path"] == str(tmp_path / "a") and upload["repo_type"] == "dataset"
 
 
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from ray_jobs.cli import app
+
+    options = ["export", "--to", str(tmp_path / "set"), "--config", str(NANO), "--run-dir", str(tmp_path / "none")]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 2 and not (tmp_path / "set").exists()
+    assert "stage pair is not done" in done.output
+
+
 def test_pairs_that_are_not_done_are_one_sentence(job: Job, tmp_path: Path) -> None:
     storage.remove(job.run.path("manifests", "pair.json"))
     with pytest.raises(BadInput, match="stage pair is not done"):
