@@ -378,7 +378,8 @@ def _nearest(key: str) -> str:
     by_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.5)
     if by_leaf:
         return f"did you mean {f'{parent}.' if parent else ''}{by_leaf[0]}?"
-    others = [k for k in known if not key.startswith(f"{k}.")]  # the sections above are right already
+    # The sections above are right already, and the siblings were compared by what differs.
+    others = [k for k in known if k not in siblings and not key.startswith(f"{k}.")]
     anywhere = difflib.get_close_matches(key, others, n=1, cutoff=0.5)
     if anywhere:
         return f"did you mean {anywhere[0]}?"

@@ -23,7 +23,7 @@ from psycho.errors import BadInput
 from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
 from psycho.preferences.published import source_files
 from psycho.run import Run
-from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge, starts_from_pairs
+from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge, same_judge, starts_from_pairs
 
 CARDS_GIB = (24, 48, 80)
 PAPER_SPEECHES = 26_483
@@ -319,7 +319,7 @@ def _warnings(config: Config, speeches: str, stages: Sequence[StagePlan]) -> Ite
         yield f"the run would stop at once: {error}"
     if "assuming" in speeches:
         yield f"speeches.source {speeches.partition(';')[0]}); the run needs it, and all counts hang on it"
-    if evaluation_judge(config).model == config.judge.model:
+    if same_judge(config):
         yield f"{config.judge.model} labels the pairs and judges the policies too; set evaluation.judge to another"
     for stage in stages:
         if (stage.gpu_gib or 0) > max(CARDS_GIB):

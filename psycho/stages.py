@@ -136,6 +136,11 @@ def evaluation_judge(config: Config) -> Any:
     return config.evaluation.judge or config.judge
 
 
+def same_judge(config: Config) -> bool:
+    """True when the judge that labelled the pairs decides the win rate too, so that its taste counts twice."""
+    return not starts_from_pairs(config) and evaluation_judge(config).model == config.judge.model
+
+
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", lambda c: (), _prepare, ("speeches",)),
     Stage("generate", lambda c: ("prepare",), _generate, ("responses",)),

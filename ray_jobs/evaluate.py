@@ -26,7 +26,7 @@ from psycho.nano import truth
 from psycho.progress import Reporter
 from psycho.run import StageResult
 from psycho.schema import stable_seed
-from psycho.stages import POLICIES, evaluation_judge, starts_from_pairs
+from psycho.stages import POLICIES, evaluation_judge, same_judge, starts_from_pairs
 from ray_jobs.nano import ensure_nano
 from ray_jobs.pair import rated_speeches
 
@@ -42,7 +42,7 @@ def evaluate(job: Job) -> None:
     def body(partial: str) -> StageResult:
         ensure_nano(job)
         job.need_ray()
-        if evaluation_judge(config).model == config.judge.model:
+        if same_judge(config):
             job.progress.say("  note: the judge that labelled the pairs also judges the policies (evaluation.judge)")
         speeches = evaluation_speeches(job)
         total = len(speeches) * (len(POLICIES) + 1 + 2 * len(POLICIES))

@@ -18,7 +18,7 @@ from psycho.plan import build_plan
 from psycho.principles import STEMS
 from psycho.run import Run, StageResult
 from psycho.schema import CLIENT_SPEECH, PREFERENCE_GROUP, PREFERENCE_PAIR, RATING, RESPONSE
-from psycho.stages import STAGES, check_config
+from psycho.stages import STAGES, check_config, same_judge
 from ray_jobs import pipeline
 from ray_jobs.pair import pair
 from ray_jobs.prepare import prepare
@@ -160,6 +160,7 @@ def test_what_training_waits_for_depends_on_the_source(tmp_path: Path) -> None:
         inputs = {stage.name: stage.inputs(config) for stage in STAGES}
         assert inputs["train_sft"] == (needed,)
         assert inputs["pair"] == ("prepare" if settings else "judge",)
+        assert same_judge(config) is (not settings)  # who labelled imported pairs is not known to be the judge
 
 
 def test_the_pipeline_leaves_sampling_and_judging_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
