@@ -102,7 +102,7 @@ def shortcuts(pairs: Sequence[Row], rate: Rate, seed: int = 0) -> dict[str, Any]
 
 
 def _draw(pairs: Sequence[Row], seed: int) -> list[Row]:
-    """At most `_MAX_PAIRS`, whole speeches by hash: the fit would take long and gain nothing."""
+    """At most `_MAX_PAIRS`, speech after speech by hash: with more the fit would take long and gain nothing."""
     if len(pairs) <= _MAX_PAIRS:
         return list(pairs)
     order = {speech: stable_id("audit", seed, speech) for speech in {pair["speech_id"] for pair in pairs}}
