@@ -96,7 +96,8 @@ def _pairs(run: Run) -> Context:
     train = audit.get("train")
     if not train:
         return context | {"gap_svg": None}
-    gaps = np.repeat(np.arange(len(train["gap"]["by_sevenths"])) / 7, train["gap"]["by_sevenths"])
+    sevenths = train["gap"]["by_sevenths"]
+    gaps = np.repeat(np.arange(len(sevenths)) / 7, sevenths).tolist()
     length = train["length"]
     return context | {
         "gap_svg": plots.histogram(
