@@ -69,6 +69,7 @@ def card_facts(job: Job, licence: str, source: str | None) -> dict[str, Any]:
         "audit": audit,
         "left_out": pair.get("left_out", {}),
         "personal_data": prepare.get("personal_data"),
+        "languages": {"en": 1} if nano else prepare.get("languages"),
         "nano": nano,
     }
 

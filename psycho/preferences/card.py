@@ -6,6 +6,7 @@ unknown rather than left out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from psycho.principles import PRINCIPLES
 
+_LANGUAGE = re.compile("[a-z]{2,3}")  # ISO 639, the only names the hub takes
 _SHORTCUTS = {
     "longer": "taking the longer response",
     "length": "a rule fitted on lengths alone",
@@ -26,10 +28,10 @@ def card(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
     Args:
         counts: pairs by split of the hub.
         facts: `name`, `licence`, `sources`, `judge`, `models`, `pairs` (settings), `audit` (`preferences/audit.json`),
-            `left_out` (by reason), `personal_data` (by type; None: nobody looked), `speeches` and `nano`.
+            `left_out` (by reason), `personal_data` and `languages` (counts; None: nobody looked) and `nano`.
     """
     parts = [
-        _front_matter(counts, facts["licence"]),
+        _front_matter(counts, facts),
         f"# {facts['name']}: preferences for counselling responses",
         "Pairs of a better and a worse response to what a client says, by seven principles of good counselling "
         "([arXiv 2502.19731](https://arxiv.org/abs/2502.19731)), made by psycho.",
@@ -46,13 +48,14 @@ def card(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(counts: Mapping[str, int], licence: str) -> str:
+def _front_matter(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
     def files(folder: str) -> list[dict[str, str]]:
         return [{"split": split, "path": f"{folder}/{split}-*.parquet"} for split in counts]
 
+    codes = [code for code in facts["languages"] or () if _LANGUAGE.fullmatch(code)]
     matter = {
-        "license": licence,
-        "language": ["en"],
+        "license": facts["licence"],
+        **({"language": sorted(codes)} if codes else {}),
         "tags": ["counselling", "preference-learning", "dpo", "reward-modelling"],
         "configs": [
             {"config_name": "default", "data_files": files("data"), "default": True},

@@ -158,7 +158,7 @@ def front_matter(folder: Path) -> tuple[dict[str, Any], str]:
 
 def test_the_card_says_what_it_is(exported: Path, job: Job) -> None:
     matter, text = front_matter(exported)
-    assert matter["license"] == "cc-by-nc-4.0"
+    assert matter["license"] == "cc-by-nc-4.0" and matter["language"] == ["en"]
     assert "| train | 12 | 12 | 2.00 |" in text and "| test | 4 | 4 | 2.00 |" in text
     for said in (
         "nano:judge", "brisk, warm", "3 tie", "no person said them", "never faces clients alone",
@@ -177,10 +177,15 @@ def test_the_card_says_what_it_is(exported: Path, job: Job) -> None:
     ],
 )
 def test_the_card_says_who_looked_for_personal_data(job: Job, tmp_path: Path, found: Row, said: str) -> None:
-    facts = recipe.card_facts(job, "mit", "Counsel Chat") | {"nano": False, "personal_data": found.get("personal_data")}
+    facts = recipe.card_facts(job, "mit", "Counsel Chat") | {
+        "nano": False,
+        "languages": None,
+        "personal_data": found.get("personal_data"),
+    }
     export_pairs(job.run.path("preferences"), str(tmp_path / "set"), facts)
-    text = front_matter(tmp_path / "set")[1]
+    matter, text = front_matter(tmp_path / "set")
     assert said in text and "Client speeches: Counsel Chat." in text
+    assert "language" not in matter  # nobody looked, so none is claimed
 
 
 def test_an_earlier_data_set_is_not_overwritten(exported: Path, job: Job) -> None:
