@@ -26,7 +26,7 @@ SHORTCUTS = {
 }
 _FACTS = {
     "prepare": {
-        "personal_data": ("Personal data found and masked", "kind"),
+        "personal_data": ("Personal data masked in the client speeches before anything was stored", "type"),
         "languages": ("Languages of the client speeches", "language"),
         "duplicates": ("Duplicates left out", "kind"),
         "topics": ("Topics of the client speeches", "topic"),
@@ -34,7 +34,8 @@ _FACTS = {
     "generate": {"status": ("Responses by how they ended", "status")},
     "judge": {"status": ("Ratings by how they were made", "status")},
 }
-_BY_MODEL = ("responses", "tokens", "cost", "truncated", "refused", "looping", "empty")
+_BY_MODEL = ("responses", "tokens", "cost", "truncated", "refused", "looping", "empty", "failed")
+_BY_JUDGE = ("mode", "ok", "failed", "retried", "floored", "output_tokens")
 
 
 def data_context(run: Run, summary: Summary) -> Context:
@@ -44,9 +45,10 @@ def data_context(run: Run, summary: Summary) -> Context:
     }
     context: Context = {
         "tables": [table for name, found in manifests.items() for table in _tables(name, found)],
-        "models": _by_model(manifests.get("generate", {})),
+        "models": _records(manifests.get("generate", {}).get("by_model"), _BY_MODEL),
         "cost": manifests.get("generate", {}).get("cost"),
         "judging": _judging(manifests.get("judge", {})),
+        "judges": _records(_judges(manifests.get("judge", {})), _BY_JUDGE),
         "pairs": _pairs(run) if "pair" in summary["stages"] else None,
         "ratings_svg": _ratings_by_model(run) if "judge" in manifests else None,
     }
@@ -64,28 +66,30 @@ def _tables(stage: str, manifest: Mapping[str, Any]) -> list[Context]:
     return found
 
 
-def _by_model(generate: Mapping[str, Any]) -> Context | None:
-    """A row per generating model, with the columns that any of them has."""
-    models = generate.get("by_model")
-    if not models:
+def _records(records: Mapping[str, Mapping[str, Any]] | None, order: Sequence[str]) -> Context | None:
+    """A row per model, with the columns that any of them has."""
+    if not records:
         return None
-    columns = [name for name in _BY_MODEL if any(name in row for row in models.values())]
-    rows = {model: [row.get(name) for name in columns] for model, row in sorted(models.items())}
-    return {"columns": columns, "rows": rows}
+    columns = [name for name in order if any(name in row for row in records.values())]
+    return {
+        "columns": [name.replace("_", " ") for name in columns],
+        "rows": {model: [row.get(name) for name in columns] for model, row in records.items()},
+    }
 
 
-def _judging(judge: Mapping[str, Any]) -> dict[str, str]:
-    """How the ratings came about, as written by the stage: one line each."""
-    names = {"mode": "mode", "judges": "judges", "disagreement": "disagreement of the judges"}
-    return {text: _spelt(judge[key]) for key, text in names.items() if judge.get(key) not in (None, {}, [])}
+def _judges(judge: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The reports of one judge or a panel, by model; how its ratings ended stands beside the rest."""
+    return {report["model"]: {**report, **report.get("status", {})} for report in judge.get("judges") or []}
 
 
-def _spelt(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_spelt(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_spelt(item) for item in value)
-    return f"{value:,.3g}" if isinstance(value, float) else str(value)
+def _judging(judge: Mapping[str, Any]) -> list[str]:
+    """How the ratings came about, a phrase each."""
+    found = []
+    if "mode" in judge:
+        found.append(f"mode {judge['mode']}")
+    if len(judge.get("judges") or []) > 1:
+        found.append(f"the judges of the panel lie {judge.get('disagreement', 0):.2f} apart (standard deviation)")
+    return found
 
 
 def _pairs(run: Run) -> Context:

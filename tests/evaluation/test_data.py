@@ -30,9 +30,26 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "cost": 0.25,
     },
     "judge": {
-        "mode": "evidence",
-        "status": {"rated": 757, "failed": 3},
-        "judges": {"nano:judge": {"ratings": 760}},
+        "mode": "panel",
+        "status": {"ok": 757, "failed": 3},
+        "judges": [
+            {
+                "model": "first",
+                "mode": "evidence",
+                "status": {"ok": 758, "failed": 2},
+                "retried": 9,
+                "floored": 4,
+                "output_tokens": 50_100,
+            },
+            {
+                "model": "second",
+                "mode": "direct",
+                "status": {"ok": 757, "failed": 3},
+                "retried": 0,
+                "floored": 0,
+                "output_tokens": 20_000,
+            },
+        ],
         "disagreement": 0.4172,
     },
 }
@@ -62,7 +79,10 @@ def test_what_the_stages_counted_is_shown(fake_run: Any) -> None:
     )
     assert '<th scope="row">warm</th><td>380</td><td>30,100</td><td>0.25</td>' in html
     assert "cost 0.25" in html
-    assert "mode: evidence; judges: nano:judge ratings 760; disagreement of the judges: 0.417." in html
+    assert (
+        '<th scope="row">first</th><td>evidence</td><td>758</td><td>2</td><td>9</td><td>4</td><td>50,100</td>' in html
+    )
+    assert "made: mode panel; the judges of the panel lie 0.42 apart (standard deviation)." in html
 
 
 @pytest.mark.parametrize("stage", EXTRAS)
@@ -73,7 +93,7 @@ def test_what_they_did_not_count_is_left_out(fake_run: Any, stage: str) -> None:
     captions = {
         "prepare": ("Personal data", "Languages", "Duplicates", "Topics"),
         "generate": ("Responses by how", "Responses by model"),
-        "judge": ("Ratings by how", "How the ratings were made"),
+        "judge": ("Ratings by how", "Ratings by judge", "How the ratings were made"),
     }
     for name, texts in captions.items():
         assert all((text in html) is (name != stage) for text in texts), name
