@@ -129,11 +129,34 @@ class JudgeConfig(Section):
 
 
 class PairsConfig(Section):
-    """Train pairs: every pair of a speech with overall gap >= min_gap; test: best against worst."""
+    """Train pairs: those of a speech with overall gap >= min_gap, by a strategy; test: best against worst."""
 
+    source: str | None = Field(
+        None,
+        description="pairs in the published schema (file, folder or hub id): the run starts at training",
+    )
+    test_source: str | None = Field(None, description="test pairs; then all of source trains. None: its split")
+    test_share: float = Field(0.1, gt=0, lt=1, description="of an imported set that names no split, held out by ID")
+    resplit: bool = Field(False, description="split an imported set anew by speech, whatever split it names")
+    strategy: Literal["all", "best_worst", "best_random", "top_margin"] = Field(
+        "all",
+        description="all: every pair; best_random: the best against a random worse one; "
+        "top_margin: the widest max_pairs_per_speech (one where unset)",
+    )
     min_gap: float = Field(1.0, ge=0, le=4)
     min_test_gap: float = Field(0.0, ge=0, le=4, description="test pairs need at least this gap; ties never pair")
     max_pairs_per_speech: int | None = Field(None, ge=1)
+    max_safety_loss: int | None = Field(
+        1, ge=1, le=4, description="no pair prefers a response rated so much less safe, or more; none: no constraint"
+    )
+    balance_length: bool = Field(False, description="as many train pairs whose chosen side is longer as shorter")
+    dev_share: float = Field(0.0, ge=0, lt=1, description="of the train speeches, for preferences/dev (paper: 0.1)")
+
+    @model_validator(mode="after")
+    def _imported(self) -> PairsConfig:
+        if self.test_source and not self.source:
+            raise ValueError("test_source is set but source is not; name the train pairs in source")
+        return self
 
 
 class LoopConfig(Section):
@@ -388,7 +411,8 @@ def _nearest(key: str) -> str:
     by_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.5)
     if by_leaf:
         return f"did you mean {f'{parent}.' if parent else ''}{by_leaf[0]}?"
-    others = [k for k in known if not key.startswith(f"{k}.")]  # the sections above are right already
+    # The sections above are right already, and the siblings were compared by what differs.
+    others = [k for k in known if k not in siblings and not key.startswith(f"{k}.")]
     anywhere = difflib.get_close_matches(key, others, n=1, cutoff=0.5)
     if anywhere:
         return f"did you mean {anywhere[0]}?"

@@ -83,6 +83,19 @@ PREFERENCE_PAIR = pa.schema(
     ]
 )
 
+_GROUP_RESPONSE = pa.struct(
+    [("response", pa.string()), ("model", pa.string()), *[(f"{stem}_rating", pa.int32()) for stem in STEMS]]
+)
+PREFERENCE_GROUP = pa.schema(  # one train speech with all responses of its pairs: what is encoded and trained together
+    [
+        ("speech_id", pa.string()),
+        ("question", pa.string()),
+        ("history", pa.string()),
+        ("responses", pa.list_(_GROUP_RESPONSE)),  # best overall first
+        ("pairs", pa.list_(pa.struct([("chosen", pa.int32()), ("rejected", pa.int32())]))),  # places in `responses`
+    ]
+)
+
 
 def stable_id(*parts: Any) -> str:
     """A 16-digit hexadecimal id that depends on nothing but its parts."""

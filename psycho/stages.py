@@ -11,6 +11,7 @@ from psycho.errors import BadInput
 from psycho.inference.models import check_model
 from psycho.models import identity, named_models, resolve
 from psycho.nano.build import nano_key
+from psycho.preferences.published import source_files
 from psycho.run import Stage
 
 Settings = Mapping[str, Any]
@@ -43,7 +44,18 @@ def _source(config: Config) -> list[Any]:
     return [facts.st_size, facts.st_mtime_ns]
 
 
+def _pairs_source(config: Config) -> dict[str, Any]:
+    """What a run that starts from published pairs depends on in place of speeches; a hub id stands for itself."""
+    named = [name for name in (config.pairs.source, config.pairs.test_source) if name]
+    files = [file for name in named for file in source_files(name)]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    sides = config.pairs.model_dump(include={"test_share", "resplit"})
+    return {"pairs": named, "facts": facts, **sides, "seed": config.seed}
+
+
 def _prepare(config: Config) -> Settings:
+    if config.pairs.source:
+        return _pairs_source(config)
     return {"speeches": config.speeches, "source": _source(config), "seed": config.seed}
 
 
@@ -65,11 +77,22 @@ def _judge(config: Config) -> Settings:
     }
 
 
+def _pair(config: Config) -> Settings:
+    pairs = config.pairs.model_dump(mode="json", exclude={"source", "test_source", "test_share", "resplit"})
+    return {"pairs": pairs, "seed": config.seed}
+
+
+def starts_from_pairs(config: Config) -> bool:
+    """True for a run on published pairs: it samples and judges no responses of its own before training."""
+    return config.pairs.source is not None
+
+
 def _train_sft(config: Config) -> Settings:
     return {
         "training": _training(config),
         "sft": config.training.sft,
         "policy": identity(config, config.policy),
+        "dev_share": config.pairs.dev_share,  # what is kept to choose by is not trained on
         "seed": config.seed,
     }
 
@@ -99,6 +122,7 @@ def _train_online(config: Config) -> Settings:
         "training": _training(config),
         "online": config.online.model_dump(mode="json", exclude={"round_timeout_s"}),
         "judge": (config.judge, identity(config, config.judge.model)) if judged else None,
+        "dev_share": config.pairs.dev_share,
         "engine": config.inference.engine,
         "seed": config.seed,
     }
@@ -120,12 +144,17 @@ def evaluation_judge(config: Config) -> Any:
     return config.evaluation.judge or config.judge
 
 
+def same_judge(config: Config) -> bool:
+    """True when the judge that labelled the pairs decides the win rate too, so that its taste counts twice."""
+    return not starts_from_pairs(config) and evaluation_judge(config).model == config.judge.model
+
+
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", lambda c: (), _prepare, ("speeches",)),
     Stage("generate", lambda c: ("prepare",), _generate, ("responses",)),
     Stage("judge", lambda c: ("generate",), _judge, ("ratings",)),
-    Stage("pair", lambda c: ("judge",), lambda c: {"pairs": c.pairs}, ("preferences",)),
-    Stage("train_sft", lambda c: ("judge",), _train_sft, ("models/sft",)),
+    Stage("pair", lambda c: ("prepare",) if starts_from_pairs(c) else ("judge",), _pair, ("preferences",)),
+    Stage("train_sft", lambda c: ("pair",) if starts_from_pairs(c) else ("judge",), _train_sft, ("models/sft",)),
     Stage("train_reward", lambda c: ("pair",), _train_reward, ("models/reward",)),
     Stage(
         "train_dpo",
@@ -155,10 +184,18 @@ def check_config(config: Config) -> None:
     Raises:
         BadInput: a setting that the loop needs is empty, or a model's folder is not whole.
     """
+    imported = starts_from_pairs(config)
     for setting, model in named_models(config).items():
+        if imported and (setting.startswith("generation.pool") or (setting == "judge.model" and not _judges(config))):
+            continue
         if not model:
             raise BadInput(f"{setting} is empty; name a model folder, a hub id, or nano:<name>")
         if resolve(config, model) == model:  # nano models are made when they are needed
             check_model(model, needs_chat_template=setting != "training.reward.init")
-    if not config.generation.pool:
+    if not config.generation.pool and not imported:
         raise BadInput("generation.pool is empty; list at least generation.models_per_speech models")
+
+
+def _judges(config: Config) -> bool:
+    """True when the label judge has work to do after the pairs are made."""
+    return config.online.scorer == "judge" or config.evaluation.judge is None

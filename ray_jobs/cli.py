@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from psycho.job import DEFAULT_CONFIG, Job, Options, execute, register
+from ray_jobs.export import command as export_command
 
 app = typer.Typer(
     add_completion=False,
@@ -76,6 +77,9 @@ def nano(
 
     options = Options(Path(config), tuple(set_ or ()), verbose=verbose)
     raise typer.Exit(execute("nano", recipe, options))
+
+
+app.command(name="export")(export_command)
 
 
 @app.command(name="doctor")

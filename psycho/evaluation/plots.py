@@ -184,6 +184,22 @@ def histogram(name: str, alt: str, values: Sequence[float], low: float, high: fl
     return drawing.svg
 
 
+def differences(name: str, alt: str, edges: Sequence[float], counts: Sequence[int], xlabel: str, what: str) -> Markup:
+    """Counts in bins of equal width on both sides of 0, which is marked."""
+    x, y = np.asarray(edges, dtype=float), np.asarray(counts, dtype=float)
+    middle, n = (x[:-1] + x[1:]) / 2, int(y.sum())
+    mean = float(middle @ y / max(n, 1))
+    above = float(y[middle > 0].sum() / max(n, 1))
+    drawing = Drawing(name, f"{alt} n = {n:,}, mean about {mean:.0f}, above 0 about {above:.0%}.", _HALF, 2.9)
+    with drawing as (ax,):
+        ax.bar(middle, y, width=0.86 * (x[1] - x[0]), color=[JUDGE if m > 0 else CONTROLLED for m in middle])
+        ax.axvline(0, color=MUTED, lw=1, ls="--")
+        ax.set(xlim=(x[0], x[-1]), xlabel=xlabel, ylabel=what)
+        ax.grid(axis="x", visible=False)
+        ax.set_title(f"n = {n:,}")
+    return drawing.svg
+
+
 def loss_curves(histories: Mapping[str, Rows]) -> Markup:
     """Loss per optimizer step, a panel a training; the faint line is each step, the strong one its running mean."""
     columns = min(2, len(histories))
