@@ -13,10 +13,11 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from psycho.config import EngineConfig, SamplingConfig
 from psycho.inference.models import cache_root, engine_signature
+from psycho.judging.digits import DigitLogprobs, digit_parameters, read_digits
 from psycho.storage import local_copy
 
 Messages = list[dict[str, str]]
@@ -31,6 +32,7 @@ class Completion:
     prompt_tokens: int = 0
     output_tokens: int = 0
     span_floors: tuple[float, ...] = ()
+    digits: DigitLogprobs = ()
     error: str | None = None
 
 
@@ -103,6 +105,7 @@ class VLLMWorker:
         sampling: SamplingConfig,
         schema: str | None = None,
         spans: Sequence[Sequence[str]] | None = None,
+        digits: Literal["read", "only"] | None = None,
     ) -> list[Completion]:
         """Answer each conversation.
 
@@ -112,6 +115,8 @@ class VLLMWorker:
             schema: a JSON schema (as text) that every answer must follow.
             spans: texts that occur in each rendered prompt, in order; `Completion.span_floors` then holds the lowest
                 token log-probability of each by the model itself.
+            digits: `Completion.digits` then holds the log-probabilities of 1..5 at each digit of the answer; `only`:
+                the answer is made of such digits alone.
 
         Returns:
             A completion per conversation, in order; never raises for a single bad request.
@@ -138,6 +143,7 @@ class VLLMWorker:
                     seed=seed,
                     structured_outputs=structured,
                     prompt_logprobs=0 if spans else None,
+                    **(digit_parameters(tokenizer, digits == "only") if digits else {}),
                 )
             )
             prompts.append({"prompt_token_ids": ids})
@@ -147,12 +153,14 @@ class VLLMWorker:
         for index, text, output in zip(places, texts, outputs, strict=True):
             floors = _span_floors(tokenizer, text, spans[index], output) if spans else ()
             best = output.outputs[0]
+            said, digit_logprobs = read_digits(tokenizer, best) if digits else (best.text, ())
             done[index] = Completion(
-                text=best.text,
+                text=said,
                 finish_reason=best.finish_reason or "",
                 prompt_tokens=len(output.prompt_token_ids),
                 output_tokens=len(best.token_ids),
                 span_floors=floors,
+                digits=digit_logprobs,
             )
         return [done[index] for index in range(len(conversations))]
 

@@ -1,27 +1,35 @@
 """Rating responses with a judge LLM on a vLLM worker.
 
-Answers follow a JSON grammar; an answer that still does not parse (it was cut short) is asked for again with another
-seed, and if that fails too the response is left out and counted. No rating is ever made up.
+Answers follow a JSON grammar, or are digits alone in the mode `direct`; an answer that still does not parse (it was cut
+short, the judge refused) is asked for again with another seed, and if that fails too the response is left out and
+counted. No rating is ever made up.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import pyarrow as pa
 
 from psycho.config import JudgeConfig, SamplingConfig
 from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
+from psycho.judging.digits import expected_ratings
+from psycho.judging.escape import as_written, shown
 from psycho.judging.rubric import (
+    Mode,
     Rating,
     answer,
     dump,
     pair_prompt,
     pair_schema,
+    parse_digits,
     parse_pair,
     parse_single,
+    prompt_version,
+    refuses,
     second_turn,
     single_prompt,
     single_schema,
@@ -31,63 +39,118 @@ from psycho.progress import Reporter
 from psycho.schema import RATING
 
 T = TypeVar("T")
+Item = tuple[str, str] | tuple[str, str, str | None]
+"""(speech, response), and the earlier turns where there are any (JSON of `schema.CLIENT_SPEECH`)."""
+PairItem = tuple[str, str, str] | tuple[str, str, str, str | None]
+
 FAILED = "rating failed: the answer did not hold seven ratings"
+FAILURES = {
+    "unparsed": FAILED,
+    "truncated": "rating failed: the answer was cut short; raise judge.max_tokens",
+    "refused": "rating failed: the judge refused",
+    "unserved": "rating failed: the request could not be served",
+}
 _RETRY_TEMPERATURE = 0.7  # a fresh try at temperature 0 would fail the same way
 
 
+@dataclass(frozen=True)
+class _Form(Generic[T]):
+    """How an answer is written and read."""
+
+    schema: str | None
+    parse: Callable[[str], T | None]
+    max_tokens: int
+    digits: Literal["read", "only"] | None
+
+
 def rate_single(
-    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[tuple[str, str]], seeds: Sequence[int]
+    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[Item], seeds: Sequence[int], expected: bool = False
 ) -> list[tuple[Rating | None, bool, int, Completion]]:
-    """Rate (speech, response) items: rating or None, whether the floor was met, attempts, last completion."""
-    prompts = [single_prompt(speech, response, judge.template) for speech, response in items]
-    schema = json.dumps(single_schema(judge.max_evidence_chars))
-    spans = [[response] for _, response in items]
-    rated = _ask(worker, judge, prompts, seeds, schema, spans, parse_single)
+    """Rate each response: rating or None, whether the floor was met, attempts, last completion.
+
+    Args:
+        expected: also read the expected ratings from the judge's log-probabilities.
+    """
+    mode = _mode(judge)
+    prompts = [
+        single_prompt(speech, response, judge.template, history[0] if history else None, mode)
+        for speech, response, *history in items
+    ]
+    spans = [[shown(item[1], judge.template)] for item in items]
+    sources = ["\n".join(filter(None, item)) for item in items]
+    rated = _ask(worker, judge, prompts, seeds, _single_form(judge, mode, expected), spans, sources)
     results = []
     for rating, completion, attempts in rated:
         floored = rating is not None and _under_floor(judge, completion, 0)
-        results.append((_floor(rating) if rating and floored else rating, floored, attempts, completion))
+        if rating is not None:
+            rating = _finished(rating, completion, judge, floored)
+        results.append((rating, floored, attempts, completion))
     return results
 
 
+def _mode(judge: JudgeConfig) -> Mode:
+    return "direct" if judge.mode == "direct" else "evidence"
+
+
+def _single_form(judge: JudgeConfig, mode: Mode, expected: bool) -> _Form[Rating]:
+    if (judge.template, mode) == ("rubric", "direct"):
+        return _Form(None, parse_digits, len(STEMS), "only")
+    schema = json.dumps(single_schema(judge.max_evidence_chars, quoted=mode == "evidence"))
+    return _Form(schema, parse_single, judge.max_tokens, "read" if expected else None)
+
+
+def _finished(rating: Rating, completion: Completion, judge: JudgeConfig, floored: bool) -> Rating:
+    """The rating with its quotations as they were written, its expected ratings, and the floor."""
+    evidence = {stem: as_written(quote, judge.template) for stem, quote in rating.evidence.items()}
+    expected = expected_ratings(completion.text, completion.digits) if completion.digits else None
+    whole = Rating(rating.ratings, evidence, expected)
+    return _floor(whole) if floored else whole
+
+
 def rate_pairs(
-    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[tuple[str, str, str]], seeds: Sequence[int]
+    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[PairItem], seeds: Sequence[int]
 ) -> list[tuple[Rating, Rating] | None]:
     """Rate (speech, first, second) items, both responses in one conversation; None where an answer failed.
 
     A judge of the rubric format sees both side by side. A judge of the compact format rates the first, and then the
-    second with the first and its ratings before it.
+    second with the first and its ratings before it. A comparison always quotes, whatever the judge's mode.
     """
     if judge.template == "compact":
         return _rate_in_turn(worker, judge, items, seeds)
-    prompts = [pair_prompt(speech, first, second) for speech, first, second in items]
-    schema = json.dumps(pair_schema(judge.max_evidence_chars))
-    spans = [[first, second] for _, first, second in items]
+    prompts = [pair_prompt(speech, first, second, *history) for speech, first, second, *history in items]
+    form = _Form(json.dumps(pair_schema(judge.max_evidence_chars)), parse_pair, judge.max_tokens, None)
+    spans = [[shown(text, judge.template) for text in item[1:3] if text is not None] for item in items]
+    sources = ["\n".join(filter(None, item)) for item in items]
     results: list[tuple[Rating, Rating] | None] = []
-    for ratings, completion, _ in _ask(worker, judge, prompts, seeds, schema, spans, parse_pair):
+    for ratings, completion, _ in _ask(worker, judge, prompts, seeds, form, spans, sources):
         if ratings is None:
             results.append(None)
             continue
-        first, second = (_floor(r) if _under_floor(judge, completion, side) else r for side, r in enumerate(ratings))
+        first, second = (
+            _finished(rating, completion, judge, _under_floor(judge, completion, side))
+            for side, rating in enumerate(ratings)
+        )
         results.append((first, second))
     return results
 
 
 def _rate_in_turn(
-    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[tuple[str, str, str]], seeds: Sequence[int]
+    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[PairItem], seeds: Sequence[int]
 ) -> list[tuple[Rating, Rating] | None]:
     results: list[tuple[Rating, Rating] | None] = [None] * len(items)
-    firsts = rate_single(worker, judge, [(speech, first) for speech, first, _ in items], seeds)
+    judge = judge.model_copy(update={"mode": "evidence"})
+    firsts = rate_single(worker, judge, [(item[0], item[1]) for item in items], seeds)
     places, prompts = [], []
-    for index, ((speech, first, second), (rating, *_)) in enumerate(zip(items, firsts, strict=True)):
+    for index, ((speech, first, second, *_), (rating, *_)) in enumerate(zip(items, firsts, strict=True)):
         if rating is None:
             continue
         given = {"role": "assistant", "content": dump(answer(rating.ratings, rating.evidence))}
         prompts.append([*single_prompt(speech, first, judge.template), given, second_turn(second)])
         places.append(index)
-    schema = json.dumps(single_schema(judge.max_evidence_chars))
-    spans = [[items[index][1], items[index][2]] for index in places]
-    asked = _ask(worker, judge, prompts, [seeds[index] for index in places], schema, spans, parse_single)
+    form = _single_form(judge, "evidence", expected=False)
+    spans = [[shown(text, judge.template) for text in items[index][1:3] if text is not None] for index in places]
+    sources = ["\n".join(filter(None, items[index])) for index in places]
+    asked = _ask(worker, judge, prompts, [seeds[index] for index in places], form, spans, sources)
     for index, (rating, completion, _) in zip(places, asked, strict=True):
         before = firsts[index][0]
         if rating is not None and before is not None:
@@ -100,26 +163,35 @@ def _ask(
     judge: JudgeConfig,
     prompts: Sequence[Messages],
     seeds: Sequence[int],
-    schema: str,
+    form: _Form[T],
     spans: Sequence[Sequence[str]],
-    parse: Callable[[str], T | None],
+    sources: Sequence[str],
 ) -> list[tuple[T | None, Completion, int]]:
     """Ask, parse, and ask again what failed; the floors are those of the first try (the prompt is the same)."""
+
+    def read(index: int, completion: Completion) -> T | None:
+        if completion.error is not None or refuses(completion.text, sources[index]):
+            return None
+        return form.parse(completion.text)
+
     wanted_spans = spans if judge.fluency_floor is not None else None
-    sampling = SamplingConfig(temperature=judge.temperature, max_tokens=judge.max_tokens)
-    first = worker.generate(prompts, seeds, sampling, schema, wanted_spans)
-    found: list[T | None] = [parse(c.text) if c.error is None else None for c in first]
+    sampling = SamplingConfig(temperature=judge.temperature, max_tokens=form.max_tokens)
+    last = worker.generate(prompts, seeds, sampling, form.schema, wanted_spans, form.digits)
+    found = [read(index, completion) for index, completion in enumerate(last)]
     attempts = [1] * len(prompts)
-    sampling = SamplingConfig(temperature=max(judge.temperature, _RETRY_TEMPERATURE), max_tokens=judge.max_tokens)
+    sampling = SamplingConfig(temperature=max(judge.temperature, _RETRY_TEMPERATURE), max_tokens=form.max_tokens)
     for retry in range(1, judge.retries + 1):
-        failed = [i for i, value in enumerate(found) if value is None and first[i].error is None]
+        failed = [i for i, value in enumerate(found) if value is None and last[i].error is None]
         if not failed:
             break
-        again = worker.generate([prompts[i] for i in failed], [seeds[i] + retry for i in failed], sampling, schema)
+        asked = [prompts[i] for i in failed]
+        again = worker.generate(asked, [seeds[i] + retry for i in failed], sampling, form.schema, None, form.digits)
         for index, completion in zip(failed, again, strict=True):
             attempts[index] += 1
-            found[index] = parse(completion.text)
-    return list(zip(found, first, attempts, strict=True))
+            found[index] = read(index, completion)
+            spent = last[index].output_tokens + completion.output_tokens
+            last[index] = replace(completion, span_floors=last[index].span_floors, output_tokens=spent)
+    return list(zip(found, last, attempts, strict=True))
 
 
 def _under_floor(judge: JudgeConfig, completion: Completion, side: int) -> bool:
@@ -129,7 +201,8 @@ def _under_floor(judge: JudgeConfig, completion: Completion, side: int) -> bool:
 
 def _floor(rating: Rating) -> Rating:
     """Text that the judge itself finds impossible is not clear, whatever it rated."""
-    return Rating(rating.ratings | {"clarity": MIN_RATING}, rating.evidence)
+    expected = rating.expected | {"clarity": float(MIN_RATING)} if rating.expected else None
+    return Rating(rating.ratings | {"clarity": MIN_RATING}, rating.evidence, expected)
 
 
 class JudgeBatch:
@@ -142,18 +215,36 @@ class JudgeBatch:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        items = [(row["question"], row["response"]) for row in rows]
-        rated = rate_single(self._worker, self._judge, items, [row["seed"] for row in rows])
+        items = [(row["question"], row["response"], row.get("history")) for row in rows]
+        rated = rate_single(self._worker, self._judge, items, [row["seed"] for row in rows], expected=True)
         if self._reporter:
             self._reporter.add(len(rows), sum(completion.output_tokens for *_, completion in rated))
-        out = [rating_row(row, *result) for row, result in zip(rows, rated, strict=True)]
+        out = [rating_row(row, self._judge, *result) for row, result in zip(rows, rated, strict=True)]
         return pa.Table.from_pylist(out, schema=RATING.append(pa.field("error", pa.string())))
 
 
+def status(rating: Rating | None, completion: Completion) -> str:
+    """`ok`, or a key of `FAILURES`: why there is no rating."""
+    if rating is not None:
+        return "ok"
+    if completion.error is not None:
+        return "unserved"
+    if completion.finish_reason == "length":
+        return "truncated"
+    return "refused" if refuses(completion.text, "") else "unparsed"
+
+
 def rating_row(
-    row: Mapping[str, Any], rating: Rating | None, floored: bool, attempts: int, completion: Completion
+    row: Mapping[str, Any],
+    judge: JudgeConfig,
+    rating: Rating | None,
+    floored: bool,
+    attempts: int,
+    completion: Completion,
 ) -> dict[str, Any]:
-    """A rating row of `schema.RATING`."""
+    """A rating row of `schema.RATING`, with the reason in `error` where there is no rating."""
+    kind = status(rating, completion)
+    expected = rating.expected if rating else None
     return {
         **{name: row[name] for name in ("request_id", "speech_id", "split", "model")},
         **{f"{stem}_rating": rating.ratings[stem] if rating else None for stem in STEMS},
@@ -163,5 +254,11 @@ def rating_row(
         "attempts": attempts,
         "prompt_tokens": completion.prompt_tokens,
         "output_tokens": completion.output_tokens,
-        "error": completion.error or (None if rating else FAILED),
+        **{f"{stem}_expected": expected[stem] if expected else None for stem in STEMS},
+        "expected_overall": rating.expected_overall if rating else None,
+        "status": kind,
+        "judge": judge.model,
+        "prompt_version": prompt_version(judge.template, _mode(judge)),
+        "disagreement": 0.0,
+        "error": completion.error or FAILURES.get(kind),
     }
