@@ -18,6 +18,7 @@ from psycho.config import JudgeConfig, SamplingConfig
 from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
 from psycho.judging.digits import expected_ratings
 from psycho.judging.escape import as_written, shown
+from psycho.judging.foreign import pieces, without_foreign
 from psycho.judging.rubric import (
     Mode,
     Rating,
@@ -76,16 +77,57 @@ def rate_single(
         single_prompt(speech, response, judge.template, history[0] if history else None, mode)
         for speech, response, *history in items
     ]
-    spans = [[shown(item[1], judge.template)] for item in items]
-    sources = ["\n".join(filter(None, item)) for item in items]
-    rated = _ask(worker, judge, prompts, seeds, _single_form(judge, mode, expected), spans, sources)
+    form, texts = _single_form(judge, mode, expected), [[item[1]] for item in items]
     results = []
-    for rating, completion, attempts in rated:
-        floored = rating is not None and _under_floor(judge, completion, 0)
+    for rating, completion, attempts in _ask(worker, judge, prompts, seeds, form, texts, _sources(items)):
+        floored = rating is not None and _under_floor(judge, completion, texts[len(results)], 0)
         if rating is not None:
             rating = _finished(rating, completion, judge, floored)
         results.append((rating, floored, attempts, completion))
+    cut = {i: found for i, (*_, done) in enumerate(results) if (found := _cut(judge, texts[i], done))}
+    kept = [(items[i][0], cut[i][0], *items[i][2:]) for i in cut]
+    again = rate_single(worker, _unfloored(judge), kept, [seeds[i] for i in cut], expected) if cut else []
+    for index, (rating, *_) in zip(cut, again, strict=True):
+        before, *rest = results[index]
+        lower = _lower(before, rating) if before and rating else None
+        results[index] = (lower, *rest)
     return results
+
+
+def _sources(items: Sequence[Sequence[str | None]]) -> list[str]:
+    """All text that a judge may quote, per item."""
+    return ["\n".join(filter(None, item)) for item in items]
+
+
+def _cut(judge: JudgeConfig, texts: Sequence[str], completion: Completion) -> list[str] | None:
+    """The responses without what is foreign to the judge (`foreign.py`); None where nothing is."""
+    if judge.fluency_floor is None or not completion.span_means:
+        return None
+    found, means = [], list(completion.span_means)
+    for text in texts:
+        parts = pieces(shown(text, judge.template))
+        found.append(without_foreign(parts, means[: len(parts)], judge.fluency_floor))
+        means = means[len(parts) :]
+    if all(rest is None for rest in found):
+        return None
+    return [text if rest is None else as_written(rest, judge.template) for text, rest in zip(texts, found, strict=True)]
+
+
+def _unfloored(judge: JudgeConfig) -> JudgeConfig:
+    return judge.model_copy(update={"fluency_floor": None})
+
+
+def _lower(one: Rating, other: Rating) -> Rating:
+    """The lower rating on each principle, with its evidence."""
+    chosen = {stem: min((one, other), key=lambda rating: rating.ratings[stem]) for stem in STEMS}
+    expected = None
+    if one.expected and other.expected:
+        expected = {stem: min(one.expected[stem], other.expected[stem]) for stem in STEMS}
+    return Rating(
+        {stem: rating.ratings[stem] for stem, rating in chosen.items()},
+        {stem: rating.evidence[stem] for stem, rating in chosen.items()},
+        expected,
+    )
 
 
 def _mode(judge: JudgeConfig) -> Mode:
@@ -115,29 +157,43 @@ def rate_pairs(
     A judge of the rubric format sees both side by side. A judge of the compact format rates the first, and then the
     second with the first and its ratings before it. A comparison always quotes, whatever the judge's mode.
     """
-    if judge.template == "compact":
-        return _rate_in_turn(worker, judge, items, seeds)
-    prompts = [pair_prompt(speech, first, second, *history) for speech, first, second, *history in items]
-    form = _Form(json.dumps(pair_schema(judge.max_evidence_chars)), parse_pair, judge.max_tokens, None)
-    spans = [[shown(text, judge.template) for text in item[1:3] if text is not None] for item in items]
-    sources = ["\n".join(filter(None, item)) for item in items]
-    results: list[tuple[Rating, Rating] | None] = []
-    for ratings, completion, _ in _ask(worker, judge, prompts, seeds, form, spans, sources):
-        if ratings is None:
-            results.append(None)
-            continue
-        first, second = (
-            _finished(rating, completion, judge, _under_floor(judge, completion, side))
-            for side, rating in enumerate(ratings)
-        )
-        results.append((first, second))
+    rate = _rate_in_turn if judge.template == "compact" else _rate_side_by_side
+    asked = rate(worker, judge, items, seeds)
+    results = [ratings for ratings, _ in asked]
+    cut = {i: found for i, (_, done) in enumerate(asked) if done and (found := _cut(judge, items[i][1:3], done))}
+    kept = [(items[i][0], cut[i][0], cut[i][1], *items[i][3:]) for i in cut]
+    again = rate_pairs(worker, _unfloored(judge), kept, [seeds[i] for i in cut]) if cut else []
+    for index, ratings in zip(cut, again, strict=True):
+        before = results[index]
+        lower = (_lower(before[0], ratings[0]), _lower(before[1], ratings[1])) if before and ratings else None
+        results[index] = lower
     return results
 
 
-def _rate_in_turn(
+_Compared = list[tuple[tuple[Rating, Rating] | None, Completion | None]]
+
+
+def _rate_side_by_side(
     worker: VLLMWorker, judge: JudgeConfig, items: Sequence[PairItem], seeds: Sequence[int]
-) -> list[tuple[Rating, Rating] | None]:
-    results: list[tuple[Rating, Rating] | None] = [None] * len(items)
+) -> _Compared:
+    prompts = [pair_prompt(speech, first, second, *history) for speech, first, second, *history in items]
+    form = _Form(json.dumps(pair_schema(judge.max_evidence_chars)), parse_pair, judge.max_tokens, None)
+    texts = [item[1:3] for item in items]
+    results: _Compared = []
+    for ratings, completion, _ in _ask(worker, judge, prompts, seeds, form, texts, _sources(items)):
+        if ratings is None:
+            results.append((None, None))
+            continue
+        first, second = (
+            _finished(rating, completion, judge, _under_floor(judge, completion, texts[len(results)], side))
+            for side, rating in enumerate(ratings)
+        )
+        results.append(((first, second), completion))
+    return results
+
+
+def _rate_in_turn(worker: VLLMWorker, judge: JudgeConfig, items: Sequence[PairItem], seeds: Sequence[int]) -> _Compared:
+    results: _Compared = [(None, None)] * len(items)
     judge = judge.model_copy(update={"mode": "evidence"})
     firsts = rate_single(worker, judge, [(item[0], item[1]) for item in items], seeds)
     places, prompts = [], []
@@ -147,14 +203,14 @@ def _rate_in_turn(
         given = {"role": "assistant", "content": dump(answer(rating.ratings, rating.evidence))}
         prompts.append([*single_prompt(speech, first, judge.template), given, second_turn(second)])
         places.append(index)
-    form = _single_form(judge, "evidence", expected=False)
-    spans = [[shown(text, judge.template) for text in items[index][1:3] if text is not None] for index in places]
-    sources = ["\n".join(filter(None, items[index])) for index in places]
-    asked = _ask(worker, judge, prompts, [seeds[index] for index in places], form, spans, sources)
+    form, texts = _single_form(judge, "evidence", expected=False), [items[index][1:3] for index in places]
+    sources = _sources([items[index] for index in places])
+    asked = _ask(worker, judge, prompts, [seeds[index] for index in places], form, texts, sources)
     for index, (rating, completion, _) in zip(places, asked, strict=True):
         before = firsts[index][0]
         if rating is not None and before is not None:
-            results[index] = (before, _floor(rating) if _under_floor(judge, completion, 1) else rating)
+            floored = _under_floor(judge, completion, items[index][1:3], 1)
+            results[index] = ((before, _floor(rating) if floored else rating), completion)
     return results
 
 
@@ -164,17 +220,24 @@ def _ask(
     prompts: Sequence[Messages],
     seeds: Sequence[int],
     form: _Form[T],
-    spans: Sequence[Sequence[str]],
+    texts: Sequence[Sequence[str]],
     sources: Sequence[str],
 ) -> list[tuple[T | None, Completion, int]]:
-    """Ask, parse, and ask again what failed; the floors are those of the first try (the prompt is the same)."""
+    """Ask, parse, and ask again what failed; the floors are those of the first try (the prompt is the same).
+
+    Args:
+        texts: the responses in each prompt, in order.
+        sources: all text in each prompt that the judge may quote.
+    """
 
     def read(index: int, completion: Completion) -> T | None:
         if completion.error is not None or refuses(completion.text, sources[index]):
             return None
         return form.parse(completion.text)
 
-    wanted_spans = spans if judge.fluency_floor is not None else None
+    wanted_spans = None
+    if judge.fluency_floor is not None:
+        wanted_spans = [[part for text in sides for part in pieces(shown(text, judge.template))] for sides in texts]
     sampling = SamplingConfig(temperature=judge.temperature, max_tokens=form.max_tokens)
     last = worker.generate(prompts, seeds, sampling, form.schema, wanted_spans, form.digits)
     found = [read(index, completion) for index, completion in enumerate(last)]
@@ -190,13 +253,18 @@ def _ask(
             attempts[index] += 1
             found[index] = read(index, completion)
             spent = last[index].output_tokens + completion.output_tokens
-            last[index] = replace(completion, span_floors=last[index].span_floors, output_tokens=spent)
+            spans = {"span_floors": last[index].span_floors, "span_means": last[index].span_means}
+            last[index] = replace(completion, output_tokens=spent, **spans)
     return list(zip(found, last, attempts, strict=True))
 
 
-def _under_floor(judge: JudgeConfig, completion: Completion, side: int) -> bool:
-    floors = completion.span_floors
-    return judge.fluency_floor is not None and side < len(floors) and floors[side] < judge.fluency_floor
+def _under_floor(judge: JudgeConfig, completion: Completion, texts: Sequence[str], side: int) -> bool:
+    """Whether a token of that response is under the floor."""
+    if judge.fluency_floor is None:
+        return False
+    counts = [len(pieces(shown(text, judge.template))) for text in texts]
+    start = sum(counts[:side])
+    return any(floor < judge.fluency_floor for floor in completion.span_floors[start : start + counts[side]])
 
 
 def _floor(rating: Rating) -> Rating:
