@@ -23,8 +23,8 @@ from psycho.inference.batch import run_batches
 from psycho.inference.worker import EngineSpec
 from psycho.job import Job, main
 from psycho.judging.human import read_human_ratings
-from psycho.judging.judge import JudgeBatch
 from psycho.judging.panel import join_panel, judge_report
+from psycho.judging.rows import JudgeBatch
 from psycho.models import identity, resolve
 from psycho.progress import Reporter
 from psycho.run import StageResult, content_key

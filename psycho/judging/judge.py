@@ -8,14 +8,12 @@ counted. No rating is ever made up.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypeVar
-
-import pyarrow as pa
+from typing import Generic, Literal, TypeVar
 
 from psycho.config import JudgeConfig, SamplingConfig
-from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
+from psycho.inference.worker import Completion, Messages, VLLMWorker
 from psycho.judging.digits import expected_ratings
 from psycho.judging.escape import as_written, shown
 from psycho.judging.foreign import pieces, without_foreign
@@ -29,28 +27,18 @@ from psycho.judging.rubric import (
     parse_digits,
     parse_pair,
     parse_single,
-    prompt_version,
     refuses,
     second_turn,
     single_prompt,
     single_schema,
 )
 from psycho.principles import MIN_RATING, STEMS
-from psycho.progress import Reporter
-from psycho.schema import RATING
 
 T = TypeVar("T")
 Item = tuple[str, str] | tuple[str, str, str | None]
 """(speech, response), and the earlier turns where there are any (JSON of `schema.CLIENT_SPEECH`)."""
 PairItem = tuple[str, str, str] | tuple[str, str, str, str | None]
 
-FAILED = "rating failed: the answer did not hold seven ratings"
-FAILURES = {
-    "unparsed": FAILED,
-    "truncated": "rating failed: the answer was cut short; raise judge.max_tokens",
-    "refused": "rating failed: the judge refused",
-    "unserved": "rating failed: the request could not be served",
-}
 _RETRY_TEMPERATURE = 0.7  # a fresh try at temperature 0 would fail the same way
 
 
@@ -72,7 +60,7 @@ def rate_single(
     Args:
         expected: also read the expected ratings from the judge's log-probabilities.
     """
-    mode = _mode(judge)
+    mode = asked_mode(judge)
     prompts = [
         single_prompt(speech, response, judge.template, history[0] if history else None, mode)
         for speech, response, *history in items
@@ -130,7 +118,8 @@ def _lower(one: Rating, other: Rating) -> Rating:
     )
 
 
-def _mode(judge: JudgeConfig) -> Mode:
+def asked_mode(judge: JudgeConfig) -> Mode:
+    """How one judge is asked; a panel's judges are asked each in its own mode, and what stands for it quotes."""
     return "direct" if judge.mode == "direct" else "evidence"
 
 
@@ -271,62 +260,3 @@ def _floor(rating: Rating) -> Rating:
     """Text that the judge itself finds impossible is not clear, whatever it rated."""
     expected = rating.expected | {"clarity": float(MIN_RATING)} if rating.expected else None
     return Rating(rating.ratings | {"clarity": MIN_RATING}, rating.evidence, expected)
-
-
-class JudgeBatch:
-    """Rows with `question` and `response` to rows of `schema.RATING` with an `error` column (Ray Data stage)."""
-
-    def __init__(self, spec: EngineSpec, model: str, judge: JudgeConfig, reporter: Reporter | None) -> None:
-        self._worker = VLLMWorker(spec)
-        self._worker.use(model)
-        self._judge, self._reporter = judge, reporter
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.to_pylist()
-        items = [(row["question"], row["response"], row.get("history")) for row in rows]
-        rated = rate_single(self._worker, self._judge, items, [row["seed"] for row in rows], expected=True)
-        if self._reporter:
-            self._reporter.add(len(rows), sum(completion.output_tokens for *_, completion in rated))
-        out = [rating_row(row, self._judge, *result) for row, result in zip(rows, rated, strict=True)]
-        return pa.Table.from_pylist(out, schema=RATING.append(pa.field("error", pa.string())))
-
-
-def status(rating: Rating | None, completion: Completion) -> str:
-    """`ok`, or a key of `FAILURES`: why there is no rating."""
-    if rating is not None:
-        return "ok"
-    if completion.error is not None:
-        return "unserved"
-    if completion.finish_reason == "length":
-        return "truncated"
-    return "refused" if refuses(completion.text, "") else "unparsed"
-
-
-def rating_row(
-    row: Mapping[str, Any],
-    judge: JudgeConfig,
-    rating: Rating | None,
-    floored: bool,
-    attempts: int,
-    completion: Completion,
-) -> dict[str, Any]:
-    """A rating row of `schema.RATING`, with the reason in `error` where there is no rating."""
-    kind = status(rating, completion)
-    expected = rating.expected if rating else None
-    return {
-        **{name: row[name] for name in ("request_id", "speech_id", "split", "model")},
-        **{f"{stem}_rating": rating.ratings[stem] if rating else None for stem in STEMS},
-        **{f"{stem}_evidence": rating.evidence[stem] if rating else None for stem in STEMS},
-        "overall": rating.overall if rating else None,
-        "floored": floored,
-        "attempts": attempts,
-        "prompt_tokens": completion.prompt_tokens,
-        "output_tokens": completion.output_tokens,
-        **{f"{stem}_expected": expected[stem] if expected else None for stem in STEMS},
-        "expected_overall": rating.expected_overall if rating else None,
-        "status": kind,
-        "judge": judge.model,
-        "prompt_version": prompt_version(judge.template, _mode(judge)),
-        "disagreement": 0.0,
-        "error": completion.error or FAILURES.get(kind),
-    }

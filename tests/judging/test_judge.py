@@ -13,7 +13,8 @@ from psycho.config import JudgeConfig, SamplingConfig
 from psycho.evaluation.comparison import both_orders
 from psycho.inference.worker import Completion
 from psycho.judging.digits import rating_places
-from psycho.judging.judge import FAILED, FAILURES, rate_pairs, rate_single, rating_row
+from psycho.judging.judge import rate_pairs, rate_single
+from psycho.judging.rows import FAILED, FAILURES, rating_row
 from psycho.judging.rubric import answer, dump, single_schema
 from psycho.principles import STEMS
 from psycho.schema import RATING

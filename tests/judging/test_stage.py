@@ -17,7 +17,7 @@ from psycho import storage
 from psycho.config import load_config
 from psycho.inference.worker import Completion
 from psycho.job import Job
-from psycho.judging.judge import rating_row
+from psycho.judging.rows import rating_row
 from psycho.judging.rubric import Rating
 from psycho.principles import STEMS
 from psycho.progress import Progress
