@@ -19,7 +19,7 @@ Settings = Mapping[str, Any]
 CALIBRATION = ("evaluation", "calibration.json")  # written by `judge --calibrate`, in the run folder
 POLICIES = ("base", "sft", "dpo", "online")
 _ESTIMATES = {"parameters_b", "gpus_per_worker"}
-_PANEL_ESTIMATES = {"panel": {"__all__": _ESTIMATES}}
+_JUDGE_ESTIMATES: dict[str, Any] = {**dict.fromkeys(_ESTIMATES, True), "panel": {"__all__": _ESTIMATES}}
 _EXECUTION = {"start_timeout_s", "collective_timeout_s", "env", "cpus_per_worker", "threads_per_worker"}
 
 
@@ -55,7 +55,7 @@ def _generate(config: Config) -> Settings:
 def _judge(config: Config) -> Settings:
     members = config.judge.members()
     return {
-        "judge": config.judge.model_dump(mode="json", exclude=dict.fromkeys(_ESTIMATES, True) | _PANEL_ESTIMATES),
+        "judge": config.judge.model_dump(mode="json", exclude=_JUDGE_ESTIMATES),
         "models": [identity(config, member.model) for member in members],
         "prompts": [prompt_version(m.template, "direct" if m.mode == "direct" else "evidence") for m in members],
         "engine": config.inference.engine,

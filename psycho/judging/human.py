@@ -48,7 +48,8 @@ def read_human_ratings(file: str, seed: int) -> HumanRatings:
     if speech is None or missing:
         raise BadInput(f"--calibrate {file} has no column {', '.join(missing)}; add it and name it so")
     rows, quarantine = [], []
-    for number, record in enumerate(table.to_dict("records"), start=1):
+    records = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+    for number, record in enumerate(records, start=1):
         reason = _reason(record, speech)
         if reason:
             quarantine.append({"row": number, "reason": reason})

@@ -66,7 +66,7 @@ def rate_single(
         for speech, response, *history in items
     ]
     form, texts = _single_form(judge, mode, expected), [[item[1]] for item in items]
-    results = []
+    results: list[tuple[Rating | None, bool, int, Completion]] = []
     for rating, completion, attempts in _ask(worker, judge, prompts, seeds, form, texts, _sources(items)):
         floored = rating is not None and _under_floor(judge, completion, texts[len(results)], 0)
         if rating is not None:
@@ -76,9 +76,8 @@ def rate_single(
     kept = [(items[i][0], cut[i][0], *items[i][2:]) for i in cut]
     again = rate_single(worker, _unfloored(judge), kept, [seeds[i] for i in cut], expected) if cut else []
     for index, (rating, *_) in zip(cut, again, strict=True):
-        before, *rest = results[index]
-        lower = _lower(before, rating) if before and rating else None
-        results[index] = (lower, *rest)
+        before, floored, attempts, completion = results[index]
+        results[index] = (_lower(before, rating) if before and rating else None, floored, attempts, completion)
     return results
 
 
@@ -242,8 +241,8 @@ def _ask(
             attempts[index] += 1
             found[index] = read(index, completion)
             spent = last[index].output_tokens + completion.output_tokens
-            spans = {"span_floors": last[index].span_floors, "span_means": last[index].span_means}
-            last[index] = replace(completion, output_tokens=spent, **spans)
+            floors, means = last[index].span_floors, last[index].span_means
+            last[index] = replace(completion, output_tokens=spent, span_floors=floors, span_means=means)
     return list(zip(found, last, attempts, strict=True))
 
 
