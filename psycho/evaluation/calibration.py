@@ -1,9 +1,10 @@
 """How far a judge agrees with human (or gold) ratings: what has to be looked at before it is trusted.
 
-Per principle: quadratic-weighted kappa and the confusion of whole ratings, Spearman's rank correlation (with the
-expected ratings where the judge gave them, which tie less), the mean bias; overall also the agreement on pairs of one
-speech by how far apart the two truly are. Where several people rated a response, their mean stands for them (rounded
-for kappa).
+Per principle: quadratic-weighted kappa and the confusion of whole ratings, Spearman's rank correlation, the mean bias;
+overall also the agreement on pairs of one speech by how far apart the two truly are. Beside Spearman and the pairs
+stands the same figure of the expected ratings, which tell responses apart that have the same rating: that helps where
+people's own ratings are fine and hurts where they tie. Where several people rated a response, their mean stands for
+them (rounded for kappa).
 Intervals are percentiles of a bootstrap that draws whole speeches, for responses to one speech are not independent.
 """
 
@@ -68,7 +69,7 @@ def calibration(human: Sequence[Row], judged: Sequence[Row], seed: int = 0) -> d
     given = np.array([row["overall"] for _, row in both], dtype=float)
     finer = _expected([row for _, row in both], "expected_overall", given)
     result["principles"]["overall"] = _continuous(known, given, finer, draws)
-    result["pairs"] = _pairs_by_gap(known, finer, speeches, draws)
+    result["pairs"] = _pairs_by_gap(known, given, finer, speeches, draws)
     result["raters_kappa"] = _between_raters(list(by_response.values()))
     return result
 
@@ -94,7 +95,8 @@ def _principle(truth: Vector, given: Vector, finer: Vector, draws: Sequence[NDAr
 
 
 def _continuous(truth: Vector, given: Vector, finer: Vector, draws: Sequence[NDArray[np.intp]]) -> dict[str, Any]:
-    found = _with_interval("spearman", lambda rows: rank_correlation(truth[rows], finer[rows]), draws, truth.size)
+    found = _with_interval("spearman", lambda rows: rank_correlation(truth[rows], given[rows]), draws, truth.size)
+    found["spearman_expected"] = rank_correlation(truth, finer)
     return found | _with_interval("bias", lambda rows: float((given[rows] - truth[rows]).mean()), draws, truth.size)
 
 
@@ -132,7 +134,7 @@ def rank_correlation(x: Vector, y: Vector) -> float | None:
 
 
 def _pairs_by_gap(
-    truth: Vector, given: Vector, speeches: NDArray[np.intp], draws: Sequence[NDArray[np.intp]]
+    truth: Vector, given: Vector, finer: Vector, speeches: NDArray[np.intp], draws: Sequence[NDArray[np.intp]]
 ) -> list[dict[str, Any]]:
     """Agreement on the order of two responses to one speech, by the true difference between them.
 
@@ -165,6 +167,7 @@ def _pairs_by_gap(
                 "low": interval[0],
                 "high": interval[1],
                 "judge_ties": whole["judge_ties"],
+                "agreement_expected": pair_agreement(truth[a], truth[b], finer[a], finer[b], low)["agreement"],
             }
         )
     return found
