@@ -237,7 +237,7 @@ def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
     judged = online.scorer == "judge"
     policy = engine_load(config, config.policy, *_online_engine(config))
     scorer = engine_load(config, config.judge.model if judged else start, *_online_engine(config))
-    trained = training_load(config, config.policy, online, True)
+    trained = training_load(config, config.policy)
     made = sampled * min(online.max_pairs_per_speech, online.samples_per_speech // 2)
     steps = online.rounds * _steps(made // online.rounds, online)
     answers = sampled * online.samples_per_speech
@@ -258,7 +258,7 @@ def _online_engine(config: Config) -> tuple[EngineConfig | None, float | None]:
 
 def _fit(config: Config, name: str, model: str, rows: int, settings: LoopConfig, length: int) -> StagePlan:
     pairs = name != "train_sft"
-    load = training_load(config, model, settings, pairs, logits=name != "train_reward")
+    load = training_load(config, model)
     tokens = rows * (2 if pairs else 1) * length * settings.epochs
     return StagePlan(name, rows, rows, 0, _steps(rows, settings), tokens, ((load,),))
 

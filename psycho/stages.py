@@ -20,7 +20,15 @@ CALIBRATION = ("evaluation", "calibration.json")  # written by `judge --calibrat
 POLICIES = ("base", "sft", "dpo", "online")
 _ESTIMATES = {"parameters_b", "gpus_per_worker"}
 _JUDGE_ESTIMATES: dict[str, Any] = {**dict.fromkeys(_ESTIMATES, True), "panel": {"__all__": _ESTIMATES}}
-_EXECUTION = {"start_timeout_s", "collective_timeout_s", "env", "cpus_per_worker", "threads_per_worker"}
+_EXECUTION = {
+    "start_timeout_s",
+    "collective_timeout_s",
+    "env",
+    "cpus_per_worker",
+    "threads_per_worker",
+    "checkpoint_every_steps",
+    "max_failures",
+}
 
 
 def _training(config: Config) -> dict[str, Any]:
