@@ -110,10 +110,31 @@ class GenerationConfig(Section):
         return self
 
 
+class PanelJudge(Section):
+    """A judge of a panel; what it does not say is as in the judge that it belongs to."""
+
+    model: str
+    weight: float = Field(1.0, gt=0)
+    mode: Literal["evidence", "direct"] = "evidence"
+    template: Literal["rubric", "compact"] | None = None
+    fluency_floor: float | None = Field(None, description="of this judge's own log-probabilities; none: no floor")
+    parameters_b: float | None = Field(None, gt=0)
+    engine: EngineConfig | None = None
+    gpus_per_worker: float | None = Field(None, ge=0)
+
+
 class JudgeConfig(Section):
     """The judge that rates responses 1-5 on seven principles (paper, section 3.2)."""
 
-    model: str = ""
+    model: str = Field("", description="also rates online rounds and comparisons where a panel rates the responses")
+    mode: Literal["evidence", "direct", "panel"] = Field(
+        "evidence", description="evidence: a quote before each rating; direct: digits only; panel: several judges"
+    )
+    panel: tuple[PanelJudge, ...] = Field((), description="the judges of mode panel, asked one after the other")
+    aggregate: Literal["mean", "median"] = Field("mean", description="of a panel's ratings, by weight")
+    quorum: int | None = Field(
+        None, ge=1, description="judges of a panel that a response needs ratings from; none: more than half"
+    )
     template: Literal["rubric", "compact"] = Field("rubric", description="compact: for judges trained on the format")
     max_evidence_chars: int = Field(200, ge=1)
     max_tokens: int = Field(1024, ge=1)
@@ -126,6 +147,34 @@ class JudgeConfig(Section):
     parameters_b: float | None = Field(None, gt=0)
     engine: EngineConfig | None = None
     gpus_per_worker: float | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _panel(self) -> JudgeConfig:
+        if self.mode == "panel" and len(self.panel) < 2:
+            raise ValueError(f"mode is panel but the panel holds {len(self.panel)} judges; list at least two")
+        if self.mode == "panel" and self.quorum is not None and self.quorum > len(self.panel):
+            raise ValueError(f"quorum is {self.quorum} but the panel holds {len(self.panel)} judges; lower it")
+        return self
+
+    def members(self) -> tuple[JudgeConfig, ...]:
+        """The judges that rate, each as a judge of its own: the panel's, or this one alone."""
+        if self.mode != "panel":
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={
+                    **member.model_dump(exclude={"weight", "template", "engine", "gpus_per_worker"}),
+                    "template": member.template or self.template,
+                    "engine": member.engine or self.engine,
+                    "gpus_per_worker": self.gpus_per_worker
+                    if member.gpus_per_worker is None
+                    else member.gpus_per_worker,
+                    "panel": (),
+                    "quorum": None,
+                }
+            )
+            for member in self.panel
+        )
 
 
 class PairsConfig(Section):

@@ -233,13 +233,14 @@ def _data_stages(config: Config, count: int, held: int) -> list[StagePlan]:
     k = config.generation.models_per_speech
     prompt, answer = _tokens(config, config.generation.sampling)
     pool = [(engine_load(config, m.model, m.engine, m.gpus_per_worker),) for m in config.generation.pool]
-    judge = (_judge_load(config, config.judge, config.judge.model),)
+    judges_in_turn = tuple((_judge_load(config, judge, judge.model),) for judge in config.judge.members())
     read = _RUBRIC_TOKENS * (config.judge.template == "rubric") + prompt + answer + config.judge.max_tokens // 2
+    asked = count * k * len(judges_in_turn)
     pairs = expected_pairs(count - held, k, config.pairs.min_gap, config.pairs.max_pairs_per_speech) + held
     return [
         StagePlan("prepare", count, count),
         StagePlan("generate", count * k, count * k, count * k, 0, count * k * (prompt + answer), tuple(pool)),
-        StagePlan("judge", count * k, count * k, count * k, 0, count * k * read, (judge,)),
+        StagePlan("judge", count * k, count * k, asked, 0, asked * read, judges_in_turn),
         StagePlan("pair", (count - held) * math.comb(k, 2) + held, pairs),
     ]
 

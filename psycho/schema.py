@@ -64,6 +64,13 @@ RATING = pa.schema(
         ("attempts", pa.int32()),
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
+        # Mean of 1..5 by the judge's own probabilities at the rating's place; null where they could not be read.
+        *[(f"{stem}_expected", pa.float64()) for stem in STEMS],
+        ("expected_overall", pa.float64()),
+        ("status", pa.string()),  # ok | partial: some judges of a panel failed
+        ("judge", pa.string()),
+        ("prompt_version", pa.string()),
+        ("disagreement", pa.float64()),  # standard deviation of a panel's ratings, mean over the principles; else 0
     ]
 )
 

@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from psycho import storage
 from psycho.config import Config
 from psycho.errors import BadInput
 from psycho.inference.models import check_model
+from psycho.judging.rubric import prompt_version
 from psycho.models import identity, named_models, resolve
 from psycho.nano.build import nano_key
 from psycho.preferences.published import source_files
 from psycho.run import Stage
 
 Settings = Mapping[str, Any]
+CALIBRATION = ("evaluation", "calibration.json")  # written by `judge --calibrate`, in the run folder
 POLICIES = ("base", "sft", "dpo", "online")
 _ESTIMATES = {"parameters_b", "gpus_per_worker"}
+_JUDGE_ESTIMATES: dict[str, Any] = {**dict.fromkeys(_ESTIMATES, True), "panel": {"__all__": _ESTIMATES}}
 _EXECUTION = {
     "start_timeout_s",
     "collective_timeout_s",
@@ -69,9 +73,11 @@ def _generate(config: Config) -> Settings:
 
 
 def _judge(config: Config) -> Settings:
+    members = config.judge.members()
     return {
-        "judge": config.judge.model_dump(mode="json", exclude=_ESTIMATES),
-        "model": identity(config, config.judge.model),
+        "judge": config.judge.model_dump(mode="json", exclude=_JUDGE_ESTIMATES),
+        "models": [identity(config, member.model) for member in members],
+        "prompts": [prompt_version(m.template, "direct" if m.mode == "direct" else "evidence") for m in members],
         "engine": config.inference.engine,
         "seed": config.seed,
     }
@@ -139,6 +145,11 @@ def _evaluate(config: Config) -> Settings:
     }
 
 
+def _report(config: Config) -> Settings:
+    """A calibration may come at any time, and the report shows it."""
+    return {"name": config.name, "calibration": storage.read_text(storage.join(config.run_dir, *CALIBRATION))}
+
+
 def evaluation_judge(config: Config) -> Any:
     """The judge of the win rate: its own setting, else the label judge."""
     return config.evaluation.judge or config.judge
@@ -174,7 +185,7 @@ STAGES: tuple[Stage, ...] = (
         _evaluate,
         ("evaluation",),
     ),
-    Stage("report", lambda c: ("evaluate",), lambda c: {"name": c.name}, ("report.html",)),
+    Stage("report", lambda c: ("evaluate",), _report, ("report.html",)),
 )
 
 

@@ -26,7 +26,7 @@ from psycho.nano import truth
 from psycho.progress import Reporter
 from psycho.run import StageResult
 from psycho.schema import stable_seed
-from psycho.stages import POLICIES, evaluation_judge, same_judge, starts_from_pairs
+from psycho.stages import CALIBRATION, POLICIES, evaluation_judge, same_judge, starts_from_pairs
 from ray_jobs.nano import ensure_nano
 from ray_jobs.pair import rated_speeches
 
@@ -62,6 +62,8 @@ def evaluate(job: Job) -> None:
         for name, value in results.items():
             storage.write_text(storage.join(partial, "evaluation", f"{name}.json"), json.dumps(value, indent=2))
         storage.write_table(pa.Table.from_pylist(rows), storage.join(partial, "evaluation", "comparisons"))
+        if kept := storage.read_text(job.run.path(*CALIBRATION)):  # the judge's, not this stage's: it stays
+            storage.write_text(storage.join(partial, *CALIBRATION), kept)
         return StageResult(
             rows_in=len(rows),
             rows_out=len(judged),

@@ -23,7 +23,7 @@ from psycho.evaluation.data import data_context
 from psycho.evaluation.summary import read_evaluation
 from psycho.principles import PRINCIPLES, STEMS
 from psycho.run import Run
-from psycho.stages import POLICIES
+from psycho.stages import CALIBRATION, POLICIES
 from psycho.training.launch import read_history
 
 Summary = Mapping[str, Any]
@@ -52,6 +52,7 @@ def render_report(run: Run, summary: Summary) -> str:
         win=_win_rate(rates, first_place),
         reward=_reward_model(run, summary),
         judge=_judge(run, summary),
+        calibration=_calibration(run),
         training=_training(histories, preferences),
         online=_online(run, summary),
         data=data_context(run, summary),
@@ -137,6 +138,14 @@ def _judge(run: Run, summary: Summary) -> Context | None:
             f"n = {audit['n']:,} responses",
         )
     return context
+
+
+def _calibration(run: Run) -> Context | None:
+    """The comparison with people's ratings, where `judge --calibrate` was run."""
+    found = json.loads(storage.read_text(run.path(*CALIBRATION)) or "{}")
+    if not found.get("n"):
+        return None
+    return found | {"svg": plots.calibration(found)}
 
 
 def _histories(run: Run, summary: Summary) -> dict[str, list[dict[str, float]]]:
