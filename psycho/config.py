@@ -82,6 +82,7 @@ class RemoteConfig(Section):
     tries: int = Field(6, ge=1, description="of one request; then it goes to quarantine")
     backoff_s: float = Field(1.0, gt=0, description="wait after the first failure; doubles, with jitter")
     max_backoff_s: float = Field(60.0, gt=0, description="longest wait of ours; Retry-After may ask for more")
+    omit: tuple[str, ...] = Field((), description="fields that the endpoint does not take, as seed or top_p")
     token_limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
 

@@ -282,7 +282,7 @@ def test_every_try_is_a_line_of_the_ledger(toy):
         ("first", "done", 12),
         ("second", "done", 0),
     ]
-    assert set(lines[0]) == {"time", "stage", "status", "seconds", "tokens", "cost"}
+    assert set(lines[0]) == {"time", "stage", "key", "status", "seconds", "tokens", "cost"}
 
 
 @pytest.mark.parametrize("found", [json.dumps({"format": FORMAT + 1}), "{}", "not JSON", "[]"])

@@ -44,10 +44,10 @@ def split_reasoning(text: str) -> tuple[str, str | None]:
 
 def mark(text: str, finish_reason: str) -> str:
     """The one status of an answer whose reasoning is cut off."""
-    if not text.strip():
-        return EMPTY
     if finish_reason == "content_filter" or refuses(text):
         return REFUSED
+    if not text.strip():
+        return EMPTY
     if loops(text):
         return LOOPING
     return TRUNCATED if finish_reason == "length" else OK
