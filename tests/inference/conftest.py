@@ -39,19 +39,26 @@ class Chat:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
+
+    async def _end(self) -> None:
+        self._server.close()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     def _run(self, started: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.port = server.sockets[0].getsockname()[1]
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port = self._server.sockets[0].getsockname()[1]
         started.set()
         self._loop.run_forever()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             headers = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
@@ -59,16 +66,17 @@ class Chat:
             body = json.loads(await reader.readexactly(int(headers["content-length"])))
             self.keys.add(headers.get("authorization", ""))
             await self._reply(body, writer)
+            if body.get("stall"):
+                await reader.read()  # until the client has had enough
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
-            self.at_once -= 1
             writer.close()
 
     async def _reply(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         said = body["messages"][-1]["content"]
         self.seen[said] += 1
-        self.bodies.append(body)
+        self.bodies.append(dict(body))
         number, self._count = self._count, self._count + 1
         fault = "500" if HOPELESS in said else "400" if UNWELCOME in said else self.fault(number)
         if fault is None:
@@ -84,7 +92,10 @@ class Chat:
             async with httpx.AsyncClient(timeout=60) as client:
                 answer = await client.post(f"{self.upstream}/chat/completions", json=body)
             return answer.status_code, answer.content
-        await asyncio.sleep(0)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        await asyncio.sleep(0.002)
+        self.at_once -= 1
         message = {"role": "assistant", "content": self.answer}
         usage = dict(zip(("prompt_tokens", "completion_tokens"), self.tokens, strict=True))
         return 200, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}).encode()
@@ -99,10 +110,7 @@ class Chat:
         else:
             _, whole = await self._answer(body)
             _write(writer, 200, whole[: len(whole) // 2], length=len(whole))
-            if fault == "slow":  # until the client has had enough
-                await writer.drain()
-                while not writer.transport.is_closing():
-                    await asyncio.sleep(0.05)
+            body["stall"] = fault == "slow"
 
 
 def _write(writer: asyncio.StreamWriter, status: int, body: bytes, extra: str = "", length: int | None = None) -> None:

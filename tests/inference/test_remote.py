@@ -76,7 +76,7 @@ def test_every_request_ends_once_whatever_the_server_does(chat, tmp_path):
     assert all(row["response"] == server.answer and row["status"] == "ok" for row in rows if not row["error"])
     assert {"429", "slow", "500", "cut", "garbage", "503", "empty", "400"} <= set(server.faults)
     assert server.seen["a hopeless speech"] == 8 and server.seen["an unwelcome speech"] == 1
-    assert server.most_at_once <= 8
+    assert 2 <= server.most_at_once <= 8
 
 
 def test_what_was_lost_under_way_is_booked_at_the_most_it_can_have_cost(chat, tmp_path):
