@@ -155,7 +155,9 @@ def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[flo
         "reporter": Stamps(str(folder / "stamps")),
     }
     requests = pa.Table.from_pylist(rows, schema=REQUEST)
-    run_batches(requests, str(folder / "rows"), GenerateBatch, arguments, config, at_once=4 * config.engine.max_num_seqs)
+    run_batches(
+        requests, str(folder / "rows"), GenerateBatch, arguments, config, at_once=4 * config.engine.max_num_seqs
+    )
     first = min(path.stat().st_mtime for path in (folder / "rows").rglob("*.parquet")) - began
     lines = [line.split() for line in (folder / "stamps").read_text().splitlines()]
     shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Responses: each client speech goes to k models drawn at random from a pool of n, through vLLM on Ray Data or remotely.
+"""Responses: each client speech goes to k models drawn at random from a pool of n, here through vLLM or remote.
 
 python -m ray_jobs.generate --config configs/nano.yaml
 """
@@ -120,13 +120,15 @@ def keep_published(job: Job, requests: pa.Table, folder: str) -> float:
             table = table.append_column("error", pa.nulls(table.num_rows, pa.string())).cast(ANSWER)
             wanted = unanswered(requests, folder)["request_id"].combine_chunks()
             storage.write_rows(table.filter(pc.is_in(table["request_id"], wanted)), kept)
-    return sum(cost or 0.0 for t in storage.read_finished(storage.join(folder, "kept")) for cost in t["cost"].to_pylist())
+    tables = storage.read_finished(storage.join(folder, "kept"), ["cost"])
+    return sum(cost or 0.0 for table in tables for cost in table["cost"].to_pylist())
 
 
 def build_requests(config: Config, speeches: list[dict[str, str]]) -> pa.Table:
     """k requests a speech, ids and seeds included."""
     generation = config.generation
-    prompts = {m.name: generation.system_prompt if m.system_prompt is None else m.system_prompt for m in generation.pool}
+    common = generation.system_prompt
+    prompts = {model.name: common if model.system_prompt is None else model.system_prompt for model in generation.pool}
     weights = {model.name: model.weight for model in generation.pool}
     rows = [
         request_row(speech, model, 0, config.seed, prompts[model])

@@ -80,7 +80,9 @@ class GenerateBatch:
             yield settle(tries[index], answer, served.price, self._policy)
 
 
-def settle(asked: Try, answer: Completion, price: PriceConfig, policy: MarksConfig) -> tuple[dict[str, Any], Try | None]:
+def settle(
+    asked: Try, answer: Completion, price: PriceConfig, policy: MarksConfig
+) -> tuple[dict[str, Any], Try | None]:
     """The row of an answer; beside it what is to be asked again, where the policy wants a new seed."""
     text, reasoning = marks.split_reasoning(answer.text)
     reasoning = "\n".join(part for part in (answer.reasoning, reasoning) if part) or None

@@ -43,10 +43,10 @@ class Pace:
         self._free_at = max(self._free_at, self._clock() + seconds)
 
 
-def backoff_s(failures: int, first_s: float, longest_s: float, retry_after_s: float | None, rng: random.Random) -> float:
+def backoff_s(failures: int, first_s: float, longest_s: float, asked_s: float | None, rng: random.Random) -> float:
     """Seconds to wait after so many failures: doubling, half to all of it at random, and never less than asked for."""
     own = min(longest_s, first_s * 2 ** min(failures - 1, 30)) * rng.uniform(0.5, 1.0)
-    return max(own, min(retry_after_s or 0.0, LONGEST_PAUSE_S))
+    return max(own, min(asked_s or 0.0, LONGEST_PAUSE_S))
 
 
 def retry_after_s(header: str | None, now: float) -> float | None:
@@ -68,8 +68,8 @@ class BudgetSpent(BadInput):
 
     def __init__(self, limit: float, cost: float) -> None:
         super().__init__(
-            f"generation.budget of {limit:g} is spent: {cost:.4f} so far, and the next answer could pass it; answers so "
-            "far are kept, raise generation.budget and give the same command again"
+            f"generation.budget of {limit:g} is spent: {cost:.4f} so far, and the next answer could pass it; "
+            "answers so far are kept, raise generation.budget and give the same command again"
         )
         self.cost = cost
 

@@ -32,7 +32,7 @@ from psycho.progress import Reporter
 from psycho.waiting import wait_for
 
 _GAVE_UP = "gave up after"
-_WRITE_EVERY_S = 1.0
+_WRITE_EVERY_S, _WRITE_ROWS = 1.0, 16
 _LOST = "lost_cost.log"
 _DEAD_AFTER = 10  # requests in a row that all their tries left without an answer
 
@@ -230,6 +230,8 @@ class _Sink:
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         self._buffer += rows
         self.rows += len(rows)
+        if len(self._buffer) >= _WRITE_ROWS:
+            self.write()
         if self._reporter and rows:
             self._reporter.add(len(rows), sum(row["output_tokens"] for row in rows))
 
@@ -242,11 +244,12 @@ class _Sink:
         with suppress(asyncio.CancelledError):
             while True:
                 await asyncio.sleep(_WRITE_EVERY_S)
-                self.write()
+                with suppress(OSError):  # the next row, or the end, meets it again and says so
+                    self.write()
 
     def write(self) -> None:
         """One file of all that came since the last."""
-        rows, self._buffer = self._buffer, []
-        if rows:
+        if self._buffer:
             name = storage.join(self._folder, "remote", f"{uuid.uuid4().hex}.parquet")
-            storage.write_rows(pa.Table.from_pylist(rows, schema=ANSWER), name)
+            storage.write_rows(pa.Table.from_pylist(self._buffer, schema=ANSWER), name)
+            self._buffer = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ from typing import Any
 
 import httpx
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from psycho import storage
 from psycho.config import Config, GenerationConfig, build_config, load_config
@@ -215,8 +218,32 @@ def test_the_job_stops_at_the_budget_and_ends_when_it_is_raised(chat, job_of):
         "empty": 0, "truncated": 0, "refused": 0, "looping": 0, "failed": 0,
     }  # fmt: skip
     lines = [json.loads(line) for line in (storage.read_text(job.run.path("ledger.jsonl")) or "").splitlines()]
-    assert [(line["stage"], line["status"]) for line in lines][1:] == [("generate", "BudgetSpent"), ("generate", "done")]
+    assert [line["status"] for line in lines if line["stage"] == "generate"] == ["BudgetSpent", "done"]
     assert [line["cost"] for line in lines][1:] == pytest.approx([paid * EACH, (40 - paid) * EACH])
+
+
+def test_a_finished_file_that_is_gone_is_noticed_and_only_its_rows_are_asked_again(chat, job_of):
+    server = chat()
+    settings = generation(entry(server.url), entry(server.url, "near"))
+    job = job_of(settings)
+    prepare(job)
+    generate(job)
+    files = sorted(Path(job.run.path("responses")).glob("*.parquet"))
+    lost = pq.read_table(files[3])["request_id"].to_pylist()
+    files[3].unlink()
+    again = job_of(settings)
+    assert again.run.why_not_done("generate") == f"responses/{files[3].name} of its finished result is gone"
+    said = io.StringIO()
+    again.progress.console = Console(file=said, width=200)
+    generate(again)
+    assert f"generate: once more, responses/{files[3].name} of its finished result is gone" in said.getvalue()
+    assert len(server.bodies) == 40 + len(lost) and 0 < len(lost) <= 2
+    rows = storage.read_table(again.run.path("responses")).to_pylist()
+    assert len({row["request_id"] for row in rows}) == len(rows) == 40
+    lines = [json.loads(line) for line in (storage.read_text(again.run.path("ledger.jsonl")) or "").splitlines()]
+    assert [line["cost"] for line in lines][1:] == pytest.approx([40 * EACH, len(lost) * EACH])
+    generate(again)
+    assert len(server.bodies) == 40 + len(lost)
 
 
 # vLLM's own server
@@ -228,7 +255,8 @@ def vllm_server(tiny_llama: Callable[..., str]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_llama(0), "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny_llama(0)]
+    command += ["--port", str(port)]
     command += ["--served-model-name", "far-large", "--max-model-len", "512", "--dtype", "float32", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--max-num-seqs", "16", "--no-enable-chunked-prefill"]
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}

@@ -12,14 +12,15 @@ from psycho.inference.template import render, stop_ids
 
 # Small, and faithful in what matters for a prompt: BOS, turns, what is refused, what is added before the answer.
 LLAMA_3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim "
-    "+ '<|eot_id|>' }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' "
+    "+ m.content | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 QWEN_3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ '[SYSTEM_PROMPT]' + m.content "
@@ -67,7 +68,7 @@ def style(request: pytest.FixtureRequest) -> str:
 
 
 def dress(nano_tokenizer: Any, style: str, adds_bos: bool = True) -> Any:
-    """The nano tokenizer with a family's template and control tokens; like the originals it adds a BOS to plain text."""
+    """The nano tokenizer with a family's template and control tokens; it adds a BOS to plain text, as they do."""
     from tokenizers.processors import TemplateProcessing
 
     template, bos, eos, end, others, *_ = STYLES[style]
