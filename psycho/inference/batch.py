@@ -20,6 +20,7 @@ from psycho import storage
 from psycho.cluster import AUTOSCALING
 from psycho.config import InferenceConfig
 from psycho.errors import BadInput, StageFailed
+from psycho.inference.loop import EngineFailed
 from psycho.schema import stable_id
 from psycho.waiting import wait_for
 
@@ -106,6 +107,15 @@ class Durable:
     def __call__(self, batch: pa.Table) -> pa.Table:
         place = storage.join(self._folder, stable_id(*batch["request_id"].to_pylist()))
         wanted = unanswered(batch, place)  # of a batch that an actor had before it died, some is there
+        try:
+            self._answer(wanted, place)
+        except EngineFailed as error:
+            if type(error.__cause__).__name__ == "EngineDeadError":
+                os._exit(1)  # the engine's own process is gone; Ray gives the batch to a fresh actor
+            raise
+        return pa.table({"rows": [batch.num_rows]})
+
+    def _answer(self, wanted: pa.Table, place: str) -> None:
         answers = self._stage(wanted) if wanted.num_rows else []
         buffer: list[pa.Table] = []
         for table in [answers] if isinstance(answers, pa.Table) else answers:
@@ -114,7 +124,6 @@ class Durable:
                 self._write(buffer, place)
                 buffer = []
         self._write(buffer, place)
-        return pa.table({"rows": [batch.num_rows]})
 
     def _write(self, tables: Sequence[pa.Table], place: str) -> None:
         if tables:

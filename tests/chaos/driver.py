@@ -1,7 +1,7 @@
 """A batch job with a stage that costs nothing, in a process that a test may kill.
 
 `python driver.py ROOT KILL [FOLDER]`: answers 400 requests into ROOT/answers (or FOLDER) and notes every answer made
-in ROOT/log. KILL: `actor` or `driver` is killed, once, when the 200th answer was made; or `nobody`.
+in ROOT/log. KILL: `actor` or `driver` is killed, or the `engine` found dead, once, at the 200th answer; or `nobody`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ import ray
 
 from psycho.config import InferenceConfig
 from psycho.inference.batch import run_batches
+from psycho.inference.loop import EngineFailed
 
 COUNT, KILL_AT = 400, 200
+
+
+class EngineDeadError(Exception):
+    """Named like vLLM's."""
 
 
 class Trickle:
@@ -36,6 +41,8 @@ class Trickle:
                 file.write(f"{name}\n")
             if self._kill != "nobody" and self._log.read_text().count("\n") >= KILL_AT and not self._killed.exists():
                 self._killed.touch()
+                if self._kill == "engine":
+                    raise EngineFailed("the engine failed") from EngineDeadError()
                 os.kill(self._driver if self._kill == "driver" else os.getpid(), signal.SIGKILL)
             yield pa.table({"request_id": [name], "text": [os.urandom(512).hex()], "error": pa.nulls(1, pa.string())})
 

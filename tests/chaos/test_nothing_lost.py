@@ -45,8 +45,9 @@ def whole(folder: Path) -> bool:
     return ids(folder) == [f"r{number:03d}" for number in range(COUNT)]
 
 
-def test_a_worker_is_killed_and_the_same_run_ends_well(tmp_path: Path) -> None:
-    done = drive(tmp_path, "actor")
+@pytest.mark.parametrize("what", ["actor", "engine"])
+def test_a_worker_or_its_engine_dies_and_the_same_run_ends_well(tmp_path: Path, what: str) -> None:
+    done = drive(tmp_path, what)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "killed").exists() and whole(tmp_path / "answers")
     assert "1 time(s) a worker died and was started again" in done.stdout

@@ -104,6 +104,7 @@ def test_the_manifest_counts_every_answer():
     found = tally(pa.Table.from_pylist(rows, schema=ANSWER))
     assert found["status"] == {"ok": 2, "empty": 1, "truncated": 1, "refused": 1, "looping": 1, "failed": 1}
     assert found["by_model"]["m"] == {
-        "responses": 6, "tokens": 250, "cost": 0.001, "empty": 1, "truncated": 1, "refused": 1, "looping": 1, "failed": 1
+        "responses": 6, "tokens": 250, "cost": 0.001,
+        "empty": 1, "truncated": 1, "refused": 1, "looping": 1, "failed": 1,
     }  # fmt: skip
     assert found["by_model"]["n"]["cost"] == 0 and found["cost"] == 0.001

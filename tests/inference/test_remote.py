@@ -67,7 +67,7 @@ def speeches(count: int) -> list[str]:
 
 
 def test_every_request_ends_once_whatever_the_server_does(chat, tmp_path):
-    server = chat(lambda n: FAULTS[n % len(FAULTS)])
+    server = chat(lambda n: FAULTS[n % len(FAULTS)], by_try=True)
     config = generation(entry(server.url))
     said = [*speeches(60), "a hopeless speech", "an unwelcome speech"]
     asked = requests(config, said)
@@ -283,7 +283,7 @@ def vllm_server(tiny_llama: Callable[..., str]) -> Iterator[str]:
 
 def test_a_real_server_behind_a_bad_line(chat, vllm_server, tmp_path):
     """429, 500, slow bodies, cut bodies, garbage, and requests the server itself refuses."""
-    proxy = chat(lambda n: FAULTS[n % len(FAULTS)], upstream=vllm_server)
+    proxy = chat(lambda n: FAULTS[n % len(FAULTS)], vllm_server, by_try=True)
     config = generation(entry(proxy.url, timeout_s=8.0))
     said = [*(f"I feel lost {number} times a day." for number in range(40)), "I feel lost. " * 400]
     asked = requests(config, said)
