@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from psycho import storage
 from psycho.config import Config, ModelConfig
-from psycho.inference.batch import check_complete, run_batches, split_errors, unanswered
+from psycho.inference.batch import collect, run_batches, split_errors, unanswered
 from psycho.inference.generate import ANSWER, GenerateBatch, Served, tally
 from psycho.inference.models import engine_signature
 from psycho.inference.remote import ask_remote, lost_cost
@@ -44,8 +44,7 @@ def generate(job: Job) -> None:
                 job.progress.say(f"  generate: {found:,} of {requests.num_rows:,} answers are there from before")
             local(job, requests, folder, reporter)
             remote(job, requests, folder, reporter)
-        tables = storage.read_finished(folder)
-        check_complete(requests, tables, folder)
+        tables = collect(requests, folder)
         answers = tally(pa.concat_tables(tables, promote_options="permissive")) if tables else {}
         responses, failed = split_errors(tables)
         storage.write_table(responses.select(RESPONSE.names), storage.join(partial, "responses"), _FILES)

@@ -73,9 +73,7 @@ def run_batches(
             died = _restarts(folder) - before
             if died and say:
                 say(f"  {died} time(s) a worker died and was started again; what it had not finished was asked again")
-    tables = storage.read_finished(folder)
-    check_complete(requests, tables, folder)
-    return tables
+    return collect(requests, folder)
 
 
 def unanswered(requests: pa.Table, folder: str) -> pa.Table:
@@ -84,16 +82,28 @@ def unanswered(requests: pa.Table, folder: str) -> pa.Table:
     return requests.filter(pa.array([i not in done for i in requests["request_id"].to_pylist()], pa.bool_()))
 
 
-def check_complete(requests: pa.Table, tables: Sequence[pa.Table], folder: str) -> None:
-    """Raises:
-    StageFailed: an answer is missing or doubled.
+def collect(requests: pa.Table, folder: str) -> list[pa.Table]:
+    """All answers in the folder, each once.
+
+    An answer may lie in two files: a worker can outlive its killed driver long enough to finish what the next one asks
+    for too. The first is kept. Twice in one file is our mistake, and stops.
+
+    Raises:
+        StageFailed: an answer is missing, or doubled within a file.
     """
+    tables, seen = [], set()
+    for table in storage.read_finished(folder):
+        names = table["request_id"].to_pylist()
+        if len(names) > len(set(names)):
+            raise StageFailed(f"{len(names) - len(set(names))} requests were answered twice; remove {folder}")
+        new = pa.array([name not in seen for name in names], pa.bool_())
+        seen.update(names)
+        tables.append(table.filter(new))
     wanted = set(requests["request_id"].to_pylist())
-    found = [i for table in tables for i in table["request_id"].to_pylist() if i in wanted]
-    if len(found) > len(set(found)):
-        raise StageFailed(f"{len(found) - len(set(found))} requests were answered twice; remove {folder}")
-    if len(found) < requests.num_rows:
-        raise StageFailed(f"{len(found)} of {requests.num_rows} requests were answered; give the same command again")
+    if not wanted <= seen:
+        there = len(wanted & seen)
+        raise StageFailed(f"{there} of {requests.num_rows} requests were answered; give the same command again")
+    return tables
 
 
 class Durable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,9 +55,21 @@ def test_a_worker_or_its_engine_dies_and_the_same_run_ends_well(tmp_path: Path, 
     assert sum(made(tmp_path).values()) - COUNT <= AGAIN * 200
 
 
+def outlived(log: Path) -> None:
+    """Wait until the killed driver's workers are gone too: they answer for a moment longer."""
+    size, still = -1, 0
+    for _ in range(600):
+        still = still + 1 if size == log.stat().st_size else 0
+        size = log.stat().st_size
+        if still == 20:
+            return
+        time.sleep(0.1)
+
+
 def test_the_driver_is_killed_and_a_rerun_goes_on(tmp_path: Path) -> None:
     killed = drive(tmp_path, "driver")
     assert killed.returncode == -signal.SIGKILL
+    outlived(tmp_path / "log")
     before = sum(made(tmp_path).values())
     again = drive(tmp_path, "nobody")
     assert again.returncode == 0, again.stderr[-2000:]
@@ -162,8 +175,9 @@ def test_the_driver_is_killed_under_the_real_command(command: list[str], tmp_pat
     process = start(command, log)
     process.kill()
     process.wait(60)
-    before = set(on_disk(tmp_path / "run"))
+    before = on_disk(tmp_path / "run")
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert f"{len(before)} of 400 answers are there from before" in again.stderr
+    found = re.search(r"(\d+) of 400 answers are there from before", again.stderr)
+    assert found and int(found[1]) >= len(before)  # its workers answer for a moment longer
     check_result(tmp_path / "run")
