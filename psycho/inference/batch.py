@@ -91,7 +91,8 @@ def collect(requests: pa.Table, folder: str) -> list[pa.Table]:
     Raises:
         StageFailed: an answer is missing, or doubled within a file.
     """
-    tables, seen = [], set()
+    tables: list[pa.Table] = []
+    seen: set[str] = set()
     for table in storage.read_finished(folder):
         names = table["request_id"].to_pylist()
         if len(names) > len(set(names)):

@@ -88,7 +88,7 @@ def settle(
     reasoning = "\n".join(part for part in (answer.reasoning, reasoning) if part) or None
     status = None if answer.error else marks.mark(text, answer.finish_reason)
     now = replace(asked, attempts=asked.attempts + 1, cost=asked.cost + cost_of(answer, price))
-    wish = "keep" if status in (None, marks.OK) else getattr(policy, status)
+    wish = "keep" if status is None or status == marks.OK else getattr(policy, status)
     row = {
         **{name: asked.request[name] for name in ("request_id", "speech_id", "split", "model", "sample")},
         "seed": asked.seed,

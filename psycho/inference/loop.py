@@ -45,7 +45,8 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[_Ask | _Work] = queue.SimpleQueue()
         self._pending: deque[_Ask | _Work] = deque()
         self._running: dict[str, _Ask] = {}
-        self._model, self._engine, self._count = "", None, 0
+        self._model, self._count = "", 0
+        self._engine: Any = None
         threading.Thread(target=self._serve, daemon=True, name="engine").start()
 
     def answers(self, model: str, prompts: Sequence[Any], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -112,7 +113,7 @@ class EngineLoop:
         name = str(self._count)
         self._count += 1
         try:
-            self._engine.add_request(name, ask.prompt, ask.params)  # type: ignore[attr-defined]
+            self._engine.add_request(name, ask.prompt, ask.params)
         except ValueError as error:  # this request is refused, the others are served
             ask.box.put((ask.place, error))
         else:
@@ -121,7 +122,7 @@ class EngineLoop:
     def _step(self) -> None:
         if not self._running:
             return
-        for output in self._engine.step():  # type: ignore[attr-defined]
+        for output in self._engine.step():
             if output.finished:
                 ask = self._running.pop(output.request_id)
                 ask.box.put((ask.place, output))
@@ -129,7 +130,8 @@ class EngineLoop:
     def _fail(self, error: BaseException) -> None:
         failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
-        for item in [*self._running.values(), *self._pending]:
+        waiting: list[_Ask | _Work] = [*self._running.values(), *self._pending]
+        for item in waiting:
             item.box.put((getattr(item, "place", 1), failure))
         self._running.clear()
         self._pending.clear()

@@ -36,7 +36,8 @@ def draw_models(speech_id: str, pool: Mapping[str, float] | Sequence[str], k: in
     start = (dealing.random() + number % len(names) / len(names)) % 1.0
     lengths = shares(weights, k)
     ends = list(accumulate(lengths[name] for name in names))
-    drawn, end = [], 0
+    drawn: list[str] = []
+    end = 0
     for point in range(k):
         while end < len(names) - 1 and ends[end] <= start + point:
             end += 1
