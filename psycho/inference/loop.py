@@ -47,6 +47,7 @@ class EngineLoop:
         self._running: dict[str, _Ask] = {}
         self._model, self._count = "", 0
         self._engine: Any = None
+        self._failure: EngineFailed | None = None
         threading.Thread(target=self._serve, daemon=True, name="engine").start()
 
     def answers(self, model: str, prompts: Sequence[Any], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -77,6 +78,8 @@ class EngineLoop:
         while True:
             self._take()
             try:
+                if self._failure:
+                    raise self._failure
                 self._admit()
                 self._step()
             except BaseException as error:  # to whoever waits; this thread must outlive it to say so
@@ -128,11 +131,11 @@ class EngineLoop:
                 ask.box.put((ask.place, output))
 
     def _fail(self, error: BaseException) -> None:
-        failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
-        failure.__cause__ = error
+        if not self._failure:
+            self._failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
+            self._failure.__cause__ = error
         waiting: list[_Ask | _Work] = [*self._running.values(), *self._pending]
         for item in waiting:
-            item.box.put((getattr(item, "place", 1), failure))
+            item.box.put((getattr(item, "place", 1), self._failure))
         self._running.clear()
         self._pending.clear()
-        self._model = ""
