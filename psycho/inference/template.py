@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from psycho.inference.marks import REASONING_TAGS
+
 Messages = list[dict[str, str]]
 
+_TAGS = {tag for pair in REASONING_TAGS for tag in pair}
 _ANSWER = "An answer that ends here"
 
 
@@ -55,6 +58,18 @@ def stop_ids(tokenizer: Any) -> list[int]:
         return []
     ids = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False).input_ids[:1]
     return [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.eos_token_id]
+
+
+def reasoning_is_control(tokenizer: Any) -> bool:
+    """True where the tags of reasoning are control tokens, which an engine would leave out of the text."""
+    return bool(_TAGS & set(tokenizer.all_special_tokens))
+
+
+def without_control(tokenizer: Any, text: str) -> str:
+    """The text of an answer that was decoded with its control tokens, without them, tags of reasoning apart."""
+    for token in set(tokenizer.all_special_tokens) - _TAGS:
+        text = text.replace(token, "")
+    return text
 
 
 def _apply(tokenizer: Any, messages: Messages, variables: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from psycho.config import EngineConfig, SamplingConfig
 from psycho.inference.loop import EngineLoop
 from psycho.inference.models import cache_root, engine_signature
-from psycho.inference.template import Messages, render, stop_ids
+from psycho.inference.template import Messages, reasoning_is_control, render, stop_ids, without_control
 from psycho.storage import local_copy
 
 
@@ -82,6 +82,7 @@ class VLLMWorker:
         self._llm: Any = None
         self._tokenizer: Any = None
         self._stops: list[int] = []
+        self._thinks_in_control = False
         self._tokenizing = threading.Lock()  # a fast tokenizer is for one thread at a time
         self._loop = EngineLoop(lambda model: self._hold(model).llm_engine, spec.engine.max_num_seqs)
 
@@ -158,7 +159,7 @@ class VLLMWorker:
             yield (
                 index,
                 Completion(
-                    text=best.text,
+                    text=without_control(self._tokenizer, best.text) if self._thinks_in_control else best.text,
                     finish_reason=best.finish_reason or "",
                     prompt_tokens=len(output.prompt_token_ids),
                     output_tokens=len(best.token_ids),
@@ -190,6 +191,7 @@ class VLLMWorker:
             repetition_penalty=sampling.repetition_penalty,
             stop=list(sampling.stop),
             stop_token_ids=self._stops,
+            skip_special_tokens=not self._thinks_in_control,
             max_tokens=min(sampling.max_tokens, self._llm.model_config.max_model_len - prompt_tokens),
             seed=seed,
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
@@ -228,6 +230,7 @@ class VLLMWorker:
             self._signature = signature
             self._tokenizer = copy.deepcopy(self._llm.get_tokenizer())
             self._stops = stop_ids(self._tokenizer)
+            self._thinks_in_control = reasoning_is_control(self._tokenizer)
         self.model = model
         return self._llm
 

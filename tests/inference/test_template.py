@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from psycho.inference.template import render, stop_ids
+from psycho.inference.marks import split_reasoning
+from psycho.inference.template import reasoning_is_control, render, stop_ids, without_control
 
 # Small, and faithful in what matters for a prompt: BOS, turns, what is refused, what is added before the answer.
 LLAMA_3 = (
@@ -164,3 +165,13 @@ def test_messages_that_the_template_refuses_are_one_requests_trouble(nano_tokeni
     with pytest.raises(ValueError, match="chat template refuses these messages") as caught:
         render(tokenizer, [TALK[0], TALK[2]])
     assert "evenings" not in str(caught.value)
+
+
+def test_reasoning_between_control_tokens_is_still_cut(nano_tokenizer: Any) -> None:
+    """Mistral's tags are control tokens: text decoded without them would run thought and answer together."""
+    tokenizer = dress(nano_tokenizer, "mistral")
+    assert not reasoning_is_control(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "[INST]"]})
+    assert reasoning_is_control(tokenizer)
+    text = without_control(tokenizer, "[THINK]They are sad.[/THINK][INST]What helps?</s>")
+    assert split_reasoning(text) == ("What helps?", "They are sad.")
