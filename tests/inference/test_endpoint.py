@@ -16,9 +16,7 @@ from psycho.inference.worker import Completion
 
 
 def entry(**remote: Any) -> ModelConfig:
-    return ModelConfig.model_validate(
-        {"name": "far", "model": "large", "remote": {"url": "https://far/v1", **remote}}
-    )
+    return ModelConfig.model_validate({"name": "far", "model": "large", "remote": {"url": "https://far/v1", **remote}})
 
 
 def body(message: Any, finish: Any = "stop", usage: Any = None) -> bytes:

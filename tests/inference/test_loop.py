@@ -76,22 +76,29 @@ def test_answers_come_as_they_are_finished() -> None:
     assert ask(loop, "m", []) == []
 
 
-def test_a_long_answer_leaves_no_gap() -> None:
-    """Two batches at once: while the long answer of one goes on, the other's requests fill the engine."""
-    engine, ready = Engine(), threading.Event()
+def gated(engine: Engine, slots: int, count: int) -> tuple[EngineLoop, Any]:
+    """A loop that begins once so many requests are there, and what waits for them."""
+    ready = threading.Event()
 
     def hold(model: str) -> Engine:
         assert ready.wait(30)
         return engine.hold(model)
 
-    loop = EngineLoop(hold, slots=4)
+    loop = EngineLoop(hold, slots)
 
-    def both_are_there() -> None:
-        while loop._inbox.qsize() + len(loop._pending) < 161:
+    def wait() -> None:
+        while loop._inbox.qsize() + len(loop._pending) < count:
             threading.Event().wait(0.01)
         ready.set()
 
-    in_threads([lambda: ask(loop, "m", [60, *[2] * 80]), lambda: ask(loop, "m", [2] * 80), both_are_there])
+    return loop, wait
+
+
+def test_a_long_answer_leaves_no_gap() -> None:
+    """Two batches at once: while the long answer of one goes on, the other's requests fill the engine."""
+    engine = Engine()
+    loop, wait = gated(engine, 4, 161)
+    in_threads([lambda: ask(loop, "m", [60, *[2] * 80]), lambda: ask(loop, "m", [2] * 80), wait])
     assert engine.together == sorted(engine.together, reverse=True)
     assert engine.together[:16] == [4 + 16] * 16
     assert len(engine.together) == 60
@@ -99,9 +106,9 @@ def test_a_long_answer_leaves_no_gap() -> None:
 
 def test_models_take_turns_and_never_mix() -> None:
     engine = Engine()
-    loop = EngineLoop(engine.hold, slots=4)
+    loop, wait = gated(engine, 4, 60)
     calls = [lambda model=model: ask(loop, model, [3, 1, 2] * 5) for model in ("a", "b", "a", "c")]
-    assert [sorted(places) for places in in_threads(calls)] == [list(range(15))] * 4
+    assert [sorted(places) for places in in_threads([*calls, wait])[:4]] == [list(range(15))] * 4
     assert len(engine.thread) == 1 and threading.get_ident() not in engine.thread
 
 

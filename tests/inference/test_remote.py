@@ -108,6 +108,16 @@ def test_the_budget_is_never_passed_and_the_run_goes_on_after_it_is_raised(chat,
     assert set(server.seen.values()) == {1}
 
 
+def test_money_that_went_into_no_row_is_not_forgotten(chat, tmp_path):
+    """Two tries were lost under way, and a third could pass the budget: no row yet, but the next run must know."""
+    config = generation(entry(chat(lambda n: "cut").url))
+    most = ((len("speech") + 32) * 100 + 16 * 1000) / 1e6
+    with pytest.raises(BudgetSpent) as caught:
+        ask_remote(config.model_copy(update={"budget": 2.5 * most}), requests(config, ["speech"]), str(tmp_path), 0.0)
+    assert rows_of(tmp_path) == []
+    assert lost_cost(str(tmp_path)) == pytest.approx(2 * most) == caught.value.cost
+
+
 def test_a_marked_answer_is_asked_again_with_a_new_seed(chat, tmp_path):
     server = chat()
     server.answer = "I'm sorry, but I can't help with that."
