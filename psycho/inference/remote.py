@@ -121,7 +121,11 @@ class _Model:
     async def serve(self, waiting: Sequence[Try]) -> None:
         """Answer all of these, `concurrency` at a time."""
         queue = deque(waiting)
-        await _end_together([self._work(queue) for _ in range(min(self._remote.concurrency, len(queue)))])
+        try:
+            await _end_together([self._work(queue) for _ in range(min(self._remote.concurrency, len(queue)))])
+        except BaseException:  # whom it gave up may fare better next time
+            self._sink.book_lost(sum(lost["cost"] for lost in self._given_up))
+            raise
         self._sink.add(self._given_up)
 
     async def _work(self, queue: deque[Try]) -> None:
@@ -151,8 +155,6 @@ class _Model:
             return
         self._given_up.append(row)
         if len(self._given_up) >= max(_DEAD_AFTER, self._remote.concurrency):
-            self._sink.book_lost(sum(lost["cost"] for lost in self._given_up))
-            self._given_up.clear()
             raise StageFailed(
                 f"generation.pool ({self._entry.name}): {self._remote.url} answers nothing ({answer.error}); answers "
                 "so far are kept, give the same command again when it is back"
@@ -180,9 +182,9 @@ class _Model:
                 asked_for = retry_after_s(result.retry_after, time.time())
                 if asked_for:
                     self._requests.pause(min(asked_for, LONGEST_PAUSE_S))
-                await asyncio.sleep(
-                    backoff_s(failures, self._remote.backoff_s, self._remote.max_backoff_s, asked_for, rng)
-                )
+                wait = backoff_s(failures, self._remote.backoff_s, self._remote.max_backoff_s, asked_for, rng)
+                with suppress(TimeoutError):  # the end of the run ends the wait
+                    await asyncio.wait_for(self._stop.wait(), wait)
         return Completion(error=f"{_GAVE_UP} {self._remote.tries} tries: {reason}"), cost
 
     async def _try(

@@ -154,7 +154,7 @@ class VLLMWorker:
             if isinstance(output, Exception):
                 yield index, Completion(error=f"the engine refuses the request ({type(output).__name__})")
                 continue
-            floors = _span_floors(self._tokenizer, texts[place], spans[index], output) if spans else ()
+            floors = self._floors(texts[place], spans[index], output) if spans else ()
             best = output.outputs[0]
             yield (
                 index,
@@ -174,6 +174,10 @@ class VLLMWorker:
         if len(ids) >= limit:
             raise ValueError(f"prompt of {len(ids)} tokens is over the model's limit of {limit}")
         return text, ids
+
+    def _floors(self, text: str, spans: Sequence[str], output: Any) -> tuple[float, ...]:
+        with self._tokenizing:
+            return _span_floors(self._tokenizer, text, spans, output)
 
     def _prompt(self, ids: list[int]) -> Any:
         from vllm.inputs.engine import tokens_input
