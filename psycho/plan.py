@@ -329,7 +329,7 @@ def _warnings(config: Config, speeches: str, stages: Sequence[StagePlan]) -> Ite
     loads = {load.model: load for stage in stages for phase in stage.phases for load in phase}
     if unknown := [model for model, load in loads.items() if load.gib is None or load.host_gib is None]:
         yield f"size unknown of {', '.join(unknown)}: give parameters_b"
-    engines = [(m.name, m.engine, m.gpus_per_worker) for m in config.generation.pool]
+    engines = [(m.name, m.engine, m.gpus_per_worker) for m in config.generation.pool if not m.remote]
     engines += [(judge.model, judge.engine, judge.gpus_per_worker) for judge in judges(config)]
     for name, engine, gpus in [("inference", None, None), *engines]:
         split = (engine or config.inference.engine).tensor_parallel_size
