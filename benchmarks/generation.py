@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +119,6 @@ def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float | None, list[t
     return first, rows
 
 
-class Stamps:
-    """A reporter that writes down when each row was finished."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def add(self, rows: int, tokens: int = 0, note: str = "") -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(f"{time.time()} {tokens}\n")
-
-
 def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
     """Our stage, one worker; rows are on disk as Parquet at the end."""
     _start_ray()
@@ -141,6 +131,15 @@ def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[flo
     from psycho.inference.worker import EngineSpec
     from psycho.schema import REQUEST
 
+    class Stamped(GenerateBatch):
+        """Writes down when each row was finished."""
+
+        def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
+            for row in super().__call__(batch):
+                with open(stamps, "a", encoding="utf-8") as file:
+                    file.write(f"{time.time()} {row['output_tokens']}\n")
+                yield row
+
     config = InferenceConfig.model_validate({"gpus_per_worker": 0, "env": ENV, "engine": ENGINE})
     sampling = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=MAX_TOKENS)
     rows = [
@@ -149,16 +148,15 @@ def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[flo
         for n, talk in enumerate(talks)
     ]  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="generation-"))
+    stamps = str(folder / "stamps")
     arguments = {
         "spec": EngineSpec(config.engine, 0, ENV),
         "models": {"m": Served(model, sampling, PriceConfig(), {})},
         "policy": MarksConfig(),
-        "reporter": Stamps(str(folder / "stamps")),
+        "reporter": None,
     }
     requests = pa.Table.from_pylist(rows, schema=REQUEST)
-    run_batches(
-        requests, str(folder / "rows"), GenerateBatch, arguments, config, at_once=4 * config.engine.max_num_seqs
-    )
+    run_batches(requests, str(folder / "rows"), Stamped, arguments, config, at_once=4 * config.engine.max_num_seqs)
     first = min(path.stat().st_mtime for path in (folder / "rows").rglob("*.parquet")) - began
     lines = [line.split() for line in (folder / "stamps").read_text().splitlines()]
     shutil.rmtree(folder)

@@ -11,6 +11,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -42,8 +43,8 @@ def run_batches(
     at_once: int = 1,
     say: Callable[[str], None] | None = None,
 ) -> list[pa.Table]:
-    """Answer every request; `stage(**arguments)` maps a batch (a `pa.Table`) to a table with `request_id`, or to
-    several, as they are finished.
+    """Answer every request; `stage(**arguments)` maps a batch (a `pa.Table`) to a table with `request_id`, or to an
+    iterator of rows (of its `SCHEMA`) as they are finished.
 
     Args:
         requests: rows with a unique `request_id`, in the order they should be served.
@@ -127,19 +128,17 @@ class Durable:
         return pa.table({"rows": [batch.num_rows]})
 
     def _answer(self, wanted: pa.Table, place: str) -> None:
-        answers = self._stage(wanted) if wanted.num_rows else []
-        buffer: list[pa.Table] = []
-        for table in [answers] if isinstance(answers, pa.Table) else answers:
-            buffer.append(table)
-            if sum(part.num_rows for part in buffer) >= self._rows:
-                self._write(buffer, place)
-                buffer = []
-        self._write(buffer, place)
+        if not wanted.num_rows:
+            return
+        answers = self._stage(wanted)
+        if isinstance(answers, pa.Table):
+            self._write(answers, place)
+            return
+        while rows := list(islice(answers, self._rows)):
+            self._write(pa.Table.from_pylist(rows, schema=self._stage.SCHEMA), place)
 
-    def _write(self, tables: Sequence[pa.Table], place: str) -> None:
-        if tables:
-            name = f"{uuid.uuid4().hex}.parquet"
-            storage.write_rows(pa.concat_tables(tables), storage.join(place, name))
+    def _write(self, table: pa.Table, place: str) -> None:
+        storage.write_rows(table, storage.join(place, f"{uuid.uuid4().hex}.parquet"))
 
 
 def _restarts(folder: str) -> int:

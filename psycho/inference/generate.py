@@ -7,6 +7,8 @@ again with a new seed. Remote models (`remote.py`) make their rows with the same
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -21,6 +23,7 @@ from psycho.progress import Reporter
 from psycho.schema import RESPONSE, stable_seed
 
 ANSWER = RESPONSE.append(pa.field("error", pa.string()))
+_REPORT_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,16 @@ class Try:
 class GenerateBatch:
     """Rows of `schema.REQUEST` to rows of `ANSWER`, as they are finished (a stage of `batch.py`)."""
 
+    SCHEMA = ANSWER
+
     def __init__(
         self, spec: EngineSpec, models: Mapping[str, Served], policy: MarksConfig, reporter: Reporter | None
     ) -> None:
         self._worker = VLLMWorker(spec)
-        self._models, self._policy, self._reporter = dict(models), policy, reporter
+        self._models, self._policy = dict(models), policy
+        self._reports = _Reports(reporter)
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
         for model, group in groupby(sorted(batch.to_pylist(), key=lambda r: r["model"]), key=lambda r: r["model"]):
             waiting = [Try(request) for request in group]
             while waiting:
@@ -66,10 +72,10 @@ class GenerateBatch:
                     if unsettled is not None:
                         again.append(unsettled)
                         continue
-                    if self._reporter:
-                        self._reporter.add(1, row["output_tokens"])
-                    yield pa.Table.from_pylist([row], schema=ANSWER)
+                    self._reports.add(row["output_tokens"])
+                    yield row
                 waiting = again
+        self._reports.send()
 
     def _ask(self, served: Served, tries: Sequence[Try]) -> Iterator[tuple[dict[str, Any], Try | None]]:
         talks = [json.loads(t.request["messages"]) for t in tries]
@@ -78,6 +84,28 @@ class GenerateBatch:
             served.model, talks, seeds, served.sampling, variables=served.variables
         ):
             yield settle(tries[index], answer, served.price, self._policy)
+
+
+class _Reports:
+    """Rows and tokens gathered for a moment: a message for each row would cost more than the row."""
+
+    def __init__(self, reporter: Reporter | None) -> None:
+        self._reporter, self._lock = reporter, threading.Lock()
+        self._rows = self._tokens = 0
+        self._sent = time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        with self._lock:
+            self._rows, self._tokens = self._rows + 1, self._tokens + tokens
+        if time.monotonic() - self._sent > _REPORT_EVERY_S:
+            self.send()
+
+    def send(self) -> None:
+        with self._lock:
+            rows, tokens, self._rows, self._tokens = self._rows, self._tokens, 0, 0
+            self._sent = time.monotonic()
+        if self._reporter and rows:
+            self._reporter.add(rows, tokens)
 
 
 def settle(

@@ -30,11 +30,13 @@ class EngineDeadError(Exception):
 class Trickle:
     """Answers one by one, as an engine does."""
 
+    SCHEMA = pa.schema([(name, pa.string()) for name in ("request_id", "text", "error")])
+
     def __init__(self, root: str, kill: str, driver: int) -> None:
         self._log, self._killed = Path(root, "log"), Path(root, "killed")
         self._kill, self._driver, self._pause = kill, driver, threading.Event()
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, batch: pa.Table) -> Iterator[dict[str, str | None]]:
         for name in batch["request_id"].to_pylist():
             self._pause.wait(0.01)
             with self._log.open("a", encoding="utf-8") as file:
@@ -44,7 +46,7 @@ class Trickle:
                 if self._kill == "engine":
                     raise EngineFailed("the engine failed") from EngineDeadError()
                 os.kill(self._driver if self._kill == "driver" else os.getpid(), signal.SIGKILL)
-            yield pa.table({"request_id": [name], "text": [os.urandom(512).hex()], "error": pa.nulls(1, pa.string())})
+            yield {"request_id": name, "text": os.urandom(512).hex(), "error": None}
 
 
 def main() -> None:

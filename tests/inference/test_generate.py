@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -85,11 +86,13 @@ class Worker:
 def test_a_batch_comes_row_by_row_and_every_request_once(monkeypatch):
     monkeypatch.setattr("psycho.inference.generate.VLLMWorker", lambda spec: Worker())
     served = {name: Served(f"folder/{name}", SamplingConfig(), PRICE, {}) for name in ("m", "n")}
-    stage = GenerateBatch(None, served, MarksConfig(refused="retry"), None)  # type: ignore[arg-type]
+    told: list[tuple[int, int]] = []
+    reporter: Any = SimpleNamespace(add=lambda rows, tokens: told.append((rows, tokens)))
+    stage = GenerateBatch(None, served, MarksConfig(refused="retry"), reporter)  # type: ignore[arg-type]
     batch = pa.Table.from_pylist([request(n, m) for n in range(5) for m in ("n", "m")], schema=REQUEST)
-    tables = list(stage(batch))
-    assert [table.num_rows for table in tables] == [1] * 10 and tables[0].schema == ANSWER
-    rows = [row for table in tables for row in table.to_pylist()]
+    rows = list(stage(batch))
+    assert [sum(numbers) for numbers in zip(*told, strict=True)] == [10, 500]
+    assert set(rows[0]) == set(stage.SCHEMA.names) == set(ANSWER.names)
     assert sorted(row["request_id"] for row in rows) == sorted(batch["request_id"].to_pylist())
     assert {(row["status"], row["attempts"]) for row in rows} == {("ok", 2)}
     assert {model for model, _ in stage._worker.asked} == {"folder/m", "folder/n"}  # type: ignore[attr-defined]
