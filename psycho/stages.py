@@ -42,7 +42,7 @@ def _prepare(config: Config) -> Settings:
 
 def _generate(config: Config) -> Settings:
     pool = config.generation.pool
-    aside = {"budget": True, "pool": {"__all__": _ESTIMATES | {"price", "remote"}}}
+    aside: Any = {"budget": True, "pool": {"__all__": _ESTIMATES | {"price", "remote"}}}
     return {
         "generation": config.generation.model_dump(mode="json", exclude=aside),
         "models": [f"{m.remote.url} {m.model}" if m.remote else identity(config, m.model) for m in pool],
@@ -155,7 +155,7 @@ def check_config(config: Config) -> None:
             raise BadInput(f"{setting} is empty; name a model folder, a hub id, or nano:<name>")
         if resolve(config, model) == model:  # nano models are made when they are needed
             check_model(model, needs_chat_template=setting != "training.reward.init")
-    for model in config.generation.pool:
-        api_key(model)
+    for entry in config.generation.pool:
+        api_key(entry)
     if not config.generation.pool:
         raise BadInput("generation.pool is empty; list at least generation.models_per_speech models")
