@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from psycho.config import Config
@@ -12,6 +11,7 @@ from psycho.inference.models import check_model
 from psycho.models import identity, named_models, resolve
 from psycho.nano.build import nano_key
 from psycho.run import Stage
+from psycho.speeches.source import fingerprint
 
 Settings = Mapping[str, Any]
 POLICIES = ("base", "sft", "dpo", "online")
@@ -28,15 +28,17 @@ def _training(config: Config) -> dict[str, Any]:
 def _source(config: Config) -> list[Any]:
     if config.speeches.source == "nano":
         return [nano_key(config.nano)]
-    path = Path(config.speeches.source).expanduser()
-    if not path.exists():
-        return [config.speeches.source, None]
-    facts = path.stat()
-    return [facts.st_size, facts.st_mtime_ns]
+    return fingerprint(config.speeches)
 
 
 def _prepare(config: Config) -> Settings:
-    return {"speeches": config.speeches, "source": _source(config), "seed": config.seed}
+    labels = [model for model in config.generation.pool if model.name == config.speeches.topic_model]
+    return {
+        "speeches": config.speeches.model_dump(mode="json", exclude={"batch_timeout_s"}),
+        "source": _source(config),
+        "topic_model": [identity(config, model.model) for model in labels],
+        "seed": config.seed,
+    }
 
 
 def _generate(config: Config) -> Settings:
