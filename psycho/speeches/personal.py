@@ -87,8 +87,9 @@ class _Url(UrlRecognizer):
         text = pattern_text.strip("\"'")
         if text.lower().startswith(("http://", "https://", "www.")):
             return True
-        host = text.split("/")[0]
-        return host == host.lower() and _domains()(host).suffix in _BARE_DOMAINS
+        host, _, path = text.partition("/")
+        suffix = _domains()(host).suffix
+        return host == host.lower() and (suffix in _BARE_DOMAINS or bool(suffix and path))
 
 
 class _Phone(PhoneRecognizer):
@@ -145,15 +146,15 @@ def _domains() -> tldextract.TLDExtract:
     return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
 
 
-def _name() -> str:
-    """A capitalised word that is no ordinary word."""
-    stop = "|".join(sorted(_words()["not_names"]))
+def _name(*excluded: str) -> str:
+    """A capitalised word that is none of the lists `excluded`."""
+    stop = "|".join(sorted(word for words in excluded for word in _words()[words]))
     return rf"(?!(?:{stop})\b)(?:\p{{Lu}}['’])?\p{{Lu}}\p{{Ll}}+(?:-\p{{Lu}}\p{{Ll}}+)?"
 
 
 @cache
 def _full_name() -> Any:
-    name = _name()
+    name = _name("not_names", "seldom_names")
     return regex.compile(rf"\b(?P<first>{name})(?:\s+(?:\p{{Lu}}\.\s+)?{name})?\b")
 
 
@@ -162,7 +163,7 @@ def _patterns(*expressions: str) -> list[Pattern]:
 
 
 def _name_patterns() -> list[Pattern]:
-    name = _name()
+    name = _name("not_names")
     full = rf"{name}(?:\s+(?:\p{{Lu}}\.\s+)?{name}){{0,2}}\b"
     people = (
         "husband|wife|son|daughter|brother|sister|boyfriend|girlfriend|fianc[eé]e?|partner|ex|friend|mom|mum|mother|dad|"
@@ -177,7 +178,7 @@ def _name_patterns() -> list[Pattern]:
     return _patterns(
         rf"(?i:\bmy (?:full |real |first )?name(?: is|'s)|\bpeople call me|\bi am called)\s+\K{full}",
         r"(?i:\bmy (?:full |real |first )?name(?: is|'s))\s+\K\p{Ll}{2,}\b",
-        rf"(?i:\bi'm|\bi am|\bthis is|\bcall me|\bit's)\s+\K{full}(?=\s*(?:,\s*(?:an?\b|and\b|\d)|\.\s|\(\d|\band i'm\b|$))",
+        rf"(?i:\bi'm|\bi am|\b(?:hi|hello|hey),? this is|\bcall me)\s+\K{full}(?=\s*(?:,\s*(?:an?\b|and\b|\d)|\.\s|\(\d|\band i'm\b|$))",
         rf"\b(?:Dr|Mr|Mrs|Ms|Mx|Prof|Professor|Doctor|Pastor|Rev|Coach|Miss)\.?\s+\K{full}",
         rf"(?i:\bmy|\bhis|\bher|\bour|\btheir)\s+(?:\w+[- ]){{0,2}}?(?:{people})\s*,?\s+\K{full}",
         rf"\b(?:named|called|name is|name was)\s+\K{full}",
@@ -192,12 +193,13 @@ def _address_patterns() -> list[Pattern]:
         "Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Place|Pl|Way|Terrace|Close|Crescent|"
         "Square|Highway|Hwy|Parkway|Pkwy|Circle|Cir|Trail|Row|Mews|Gardens|Grove|Hill|Walk"
     )
+    side = r"(?:\s+(?:[NS][EW]?|[EW])\b)?"
     flat = r"(?:,?\s+(?:Apt|Apartment|Unit|Suite|Flat|Room|#)\.?\s*#?\w{1,5})?"
     city = r"(?:,\s*\p{Lu}[\p{L}.-]+(?:\s\p{Lu}[\p{L}.-]+){0,2})?"
     code = r"(?:,?\s+[A-Z]{2}\.?)?(?:,?\s+(?:\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]?\s?\d[A-Z]{2}))?"
     small = r"(?!(?:the|down|a|of|per|my|our|his|her|this|that|same|main|miles?|blocks?|minutes?|hours?)\b)\p{Ll}{3,}"
     return _patterns(
-        rf"\b\d{{1,5}}[A-Za-z]?,?\s+(?:[NSEW]{{1,2}}\.?\s+)?(?:{word}\s+){{1,3}}(?:{kind})\b\.?{flat}{city}{code}",
+        rf"\b\d{{1,5}}[A-Za-z]?,?\s+(?:[NSEW]{{1,2}}\.?\s+)?(?:{word}\s+){{1,3}}(?:{kind})\b\.?{side}{flat}{city}{code}",
         rf"\b\d{{1,5}}\s+{small}\s+(?:street|avenue|road|lane|drive|boulevard)\b",
         rf"(?i:\bP\.?\s?O\.?\s*Box)\s+\d+{city}{code}",
         r"\b(?:Flat|Apartment|Apt|Unit)\.?\s+\d{1,4}[A-Za-z]?,\s+\d{1,5}\s+\p{Lu}\p{L}+(?:\s\p{Lu}\p{L}+){0,2}",
