@@ -153,7 +153,9 @@ def measure(rows: int, folder: Path) -> Measured:
 
 def table(found: list[Measured]) -> Table:
     """A row a size."""
-    out = Table("rows", "seconds", "µs a row", "driver GiB", "worker GiB", "exact / planted", "near / planted", "masked")
+    out = Table(
+        "rows", "seconds", "µs a row", "driver GiB", "worker GiB", "exact / planted", "near / planted", "masked"
+    )
     for one in found:
         duplicates = one.result.extra["duplicates"]
         out.add_row(

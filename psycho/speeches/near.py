@@ -143,4 +143,3 @@ def _join(
     smallest = np.full(count, size)
     np.minimum.at(smallest, label[first], first)
     return smallest[label[first]]
-

@@ -132,7 +132,9 @@ def _like_a_number(text: str, start: int, end: int) -> bool:
     if len(groups) > 1:
         return digits >= 9 or bool(regex.fullmatch(r"\d{3}[-.]\d{4}", number))
     before = text[max(0, start - 40) : start].lower()
-    return digits >= 10 or (digits >= 7 and bool(regex.search(r"phone|call|text|number|cell|mobile|reach|tel\b", before)))
+    return digits >= 10 or (
+        digits >= 7 and bool(regex.search(r"phone|call|text|number|cell|mobile|reach|tel\b", before))
+    )
 
 
 @cache

@@ -40,9 +40,7 @@ Batches = Iterator[list[RawSpeech]]
 CleanAll = Callable[[Batches], Iterable[Cleaned]]
 
 
-def prepare_speeches(
-    config: SpeechesConfig, seed: int, partial: str, clean_all: CleanAll | None = None
-) -> StageResult:
+def prepare_speeches(config: SpeechesConfig, seed: int, partial: str, clean_all: CleanAll | None = None) -> StageResult:
     """Write the speeches of the configured source as Parquet shards into `speeches` below the folder `partial`.
 
     Args:
@@ -74,9 +72,7 @@ def _work_folder(partial: str) -> Iterator[Path]:
         storage.remove(folder)
 
 
-def _prepare(
-    config: SpeechesConfig, seed: int, partial: str, work: Path, clean_all: CleanAll | None
-) -> StageResult:
+def _prepare(config: SpeechesConfig, seed: int, partial: str, work: Path, clean_all: CleanAll | None) -> StageResult:
     notes: Counter[str] = Counter()
     clean_all = clean_all or (lambda batches: (clean_batch(batch, config, seed) for batch in batches))
     pool = _Pool(work, config)

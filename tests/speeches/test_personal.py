@@ -32,7 +32,9 @@ def planted(sentence: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(pieces), [(ends[i - 1], ends[i]) for i in range(1, len(pieces), 2)]
 
 
-def measure(sentences: list[tuple[str, str]], without: list[str]) -> tuple[dict[str, float], dict[str, float], list[str]]:
+def measure(
+    sentences: list[tuple[str, str]], without: list[str]
+) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """Recall and precision in all and by type, and what went wrong.
 
     An item may be in several pieces ("Deborah and Luis" are two). It is found when a span of its type covers it up to
@@ -86,7 +88,10 @@ def test_nothing_is_found_in_speeches_without_any():
 
 def test_mask_replaces_each_item_by_its_type_and_counts_them():
     text = "My name is Anna, call 617-555-0123 or 617-555-0124, or anna@example.com."
-    assert mask(text) == ("My name is [NAME], call [PHONE] or [PHONE], or [EMAIL].", {"NAME": 1, "PHONE": 2, "EMAIL": 1})
+    assert mask(text) == (
+        "My name is [NAME], call [PHONE] or [PHONE], or [EMAIL].",
+        {"NAME": 1, "PHONE": 2, "EMAIL": 1},
+    )
 
 
 def test_a_masked_text_is_left_as_it_is():

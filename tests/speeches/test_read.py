@@ -124,7 +124,7 @@ def test_no_rows_in_a_parquet_file(tmp_path):
 def test_lines_in_windows_code_page_are_read_and_counted(tmp_path, kind):
     path = tmp_path / f"speeches.{kind}"
     texts = [SECRET, "café – “so”", "naïve in UTF-8"]
-    lines = [json.dumps({"question": t}, ensure_ascii=False) if kind == "jsonl" else f"\"{t}\"" for t in texts]
+    lines = [json.dumps({"question": t}, ensure_ascii=False) if kind == "jsonl" else f'"{t}"' for t in texts]
     coded = [lines[0].encode(), lines[1].encode("cp1252"), lines[2].encode()]
     path.write_bytes(b"\n".join([b"question"] * (kind == "csv") + coded) + b"\n")
     notes: Counter[str] = Counter()

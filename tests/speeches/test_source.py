@@ -57,7 +57,9 @@ def test_a_datasets_folder_with_and_without_splits(tmp_path):
     assert texts(tmp_path / "one", id_column="key") == TEXTS
     assert texts(tmp_path / "two") == TEXTS[:2]
     assert texts(tmp_path / "two", source_split="test") == TEXTS[2:]
-    assert "has no split dev but train, test: set speeches.source_split" in refused(tmp_path / "two", source_split="dev")
+    assert "has no split dev but train, test: set speeches.source_split" in refused(
+        tmp_path / "two", source_split="dev"
+    )
     assert "has no column text; its columns are question, key" in refused(tmp_path / "one", text_column="text")
     torn = next((tmp_path / "one").glob("*.arrow"))
     torn.write_bytes(torn.read_bytes()[:100])
