@@ -32,7 +32,7 @@ from psycho.run import StageResult
 from psycho.speeches.parallel import clean_on_ray
 from psycho.speeches.prepare import prepare_speeches
 
-_WORDS = """
+_TEXT = """
 afraid again alone always angry answer anxious apart argue arrive ashamed asleep awake away awful bad bed before behind
 better blame body bother break breathe busy call calm care change child city close cold college come confused cook cope
 cousin cry daily dark day dinner distance doctor door doubt dream drink drive early eat empty end evening ever exam
@@ -45,7 +45,8 @@ pressure promise proud quiet reason remember rent rest room run sad safe say sch
 silence sister sit sleep slow small smile sorry speak spend stay stop street stress strong struggle study summer talk
 teacher team tears tell think tired together tomorrow train travel trouble trust try understand upset visit voice wait
 wake walk want watch week weekend wife window winter wish woman work worry worse write wrong year young
-""".split()
+"""
+_WORDS = _TEXT.split()
 _FRAMES = (
     "I do not know how to {} the {} with my {} any more.",
     "Since the {} I cannot {} at {} and everything is {}.",

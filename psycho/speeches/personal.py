@@ -174,13 +174,14 @@ def _name_patterns() -> list[Pattern]:
     )
     closing = (
         "best(?: wishes| regards)?|kind regards|warm regards|warmly|regards|sincerely|yours(?: sincerely| truly)?|"
-        "respectfully|thanks(?: so much| a lot| again| in advance)?|thank you(?: so much)?|many thanks|cheers|love|signed|"
-        "take care"
+        "respectfully|thanks(?: so much| a lot| again| in advance)?|thank you(?: so much)?|many thanks|cheers|love|"
+        "signed|take care"
     )
     return _patterns(
         rf"(?i:\bmy (?:full |real |first )?name(?: is|'s)|\bpeople call me|\bi am called)\s+\K{full}",
         r"(?i:\bmy (?:full |real |first )?name(?: is|'s))\s+\K\p{Ll}{2,}\b",
-        rf"(?i:\bi'm|\bi am|\b(?:hi|hello|hey),? this is|\bcall me)\s+\K{full}(?=\s*(?:,\s*(?:an?\b|and\b|\d)|\.\s|\(\d|\band i'm\b|$))",
+        rf"(?i:\bi'm|\bi am|\b(?:hi|hello|hey),? this is|\bcall me)\s+\K{full}"
+        r"(?=\s*(?:,\s*(?:an?\b|and\b|\d)|\.\s|\(\d|\band i'm\b|$))",
         rf"\b(?:Dr|Mr|Mrs|Ms|Mx|Prof|Professor|Doctor|Pastor|Rev|Coach|Miss)\.?\s+\K{full}",
         rf"(?i:\bmy|\bhis|\bher|\bour|\btheir)\s+(?:\w+[- ]){{0,2}}?(?:{people})\s*,?\s+\K{full}",
         rf"\b(?:named|called|name is|name was)\s+\K{full}",
@@ -227,7 +228,10 @@ _PHONES = (
     r"(?<!\w)\+\d{1,3}[\s.-]?(?:\(\d+\)[\s.-]?)?\d[\d\s.-]{5,13}\d\b",
     r"(?i)\b(?:phone|call|text|number|cell|mobile|reach|tel)\b\D{0,25}\K\d{3}[-.\s]\d{4}\b",
 )
-_AT = r"(?i)\b[\w.+-]+\s*[(\[]\s*at\s*[)\]]\s*[\w-]+(?:\s*[(\[]\s*dot\s*[)\]]\s*|\.)[a-z]{2,}\b|\b[\w.+-]+ at [\w-]+ dot (?:com|net|org|edu|de)\b"
+_AT = (
+    r"(?i)\b[\w.+-]+\s*[(\[]\s*at\s*[)\]]\s*[\w-]+(?:\s*[(\[]\s*dot\s*[)\]]\s*|\.)[a-z]{2,}\b"
+    r"|\b[\w.+-]+ at [\w-]+ dot (?:com|net|org|edu|de)\b"
+)
 
 
 @cache

@@ -6,6 +6,7 @@ import random
 import re
 import socket
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from psycho.nano.grammar import sample_speech
 from psycho.speeches.clean import plain_text
-from psycho.speeches.personal import TYPES, find, mask
+from psycho.speeches.personal import find, mask
 
 LABELLED = yaml.safe_load((Path(__file__).parent / "personal_data.yaml").read_text(encoding="utf-8"))
 HELD_OUT = LABELLED.pop("held_out")
@@ -106,7 +107,7 @@ def test_spans_are_ordered_and_do_not_overlap(parts):
     text = "".join(parts)
     spans = find(text)
     assert all(0 <= span.start < span.end <= len(text) for span in spans)
-    assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.end <= b.start for a, b in pairwise(spans))
 
 
 def test_nothing_is_fetched(monkeypatch):

@@ -23,7 +23,7 @@ from psycho.speeches.clean import clean_batch
 from psycho.speeches.prepare import BATCH_ROWS, prepare_speeches
 
 COUNSEL_CHAT = Path(__file__).parents[3] / "shared" / "data" / "counsel_chat_questions.csv"
-WORDS = "the day my mother left and then I could not sleep for weeks because of all that was said at night".split()
+SENTENCE = "the day my mother left and then I could not sleep for weeks because of all that was said at night"
 
 
 def write(folder: Path, rows: list[Any]) -> Path:
@@ -46,7 +46,9 @@ def prepared(folder: Path, **settings: Any) -> tuple[StageResult, list[dict[str,
 
 def distinct(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
-    return [" ".join(draw.choice(WORDS) + str(draw.randrange(1000)) for _ in range(30)) for _ in range(count)]
+    return [
+        " ".join(draw.choice(SENTENCE.split()) + str(draw.randrange(1000)) for _ in range(30)) for _ in range(count)
+    ]
 
 
 def test_every_row_comes_out_or_is_left_out_with_its_reason(tmp_path):
