@@ -177,6 +177,7 @@ def _data(run: Run, summary: Summary) -> Context:
         "who_svg": None,
         "ratings_svg": None,
         "less_safe": None,
+        "personal": (run.manifest("prepare") or {}).get("personal_data", {}),
     }
     if "pair" in summary["stages"]:
         context |= _pairs(run)

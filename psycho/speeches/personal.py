@@ -28,6 +28,7 @@ with leave_out("torch", "transformers", "stanza"):  # 400 MB and many seconds in
 TYPES = ("EMAIL", "URL", "ADDRESS", "PHONE", "HANDLE", "NAME")  # of two that overlap the earlier type stands
 _REGIONS = ("US", "GB", "AU", "IN", "DE", "FR")
 _POSSIBLE = 0  # of phonenumbers' leniency: the shape of a number; validity would miss made-up and foreign ones
+_SIGNATURE_CHARS = 120  # at the end of a text
 _BARE_DOMAINS = ("com", "org", "net", "edu", "gov", "io", "co.uk", "org.uk", "de", "ca", "com.au")
 
 
@@ -101,12 +102,20 @@ class _Phone(PhoneRecognizer):
 
 
 class _Names(PatternRecognizer):
-    """Names by their context, and first names that mean nothing else with the surname that follows."""
+    """Names by their context, in signatures, and first names that mean nothing else with what follows of the name."""
+
+    def __init__(self) -> None:
+        super().__init__("NAME", patterns=_name_patterns(), global_regex_flags=regex.V0)
+        self._signatures = PatternRecognizer("NAME", patterns=_signature_patterns(), global_regex_flags=regex.V0)
 
     def analyze(
         self, text: str, entities: list[str], nlp_artifacts: Any = None, regex_flags: int | None = None
     ) -> list[RecognizerResult]:
         results = super().analyze(text, entities, nlp_artifacts, regex_flags)
+        begin = max(0, len(text) - _SIGNATURE_CHARS)
+        for result in self._signatures.analyze(text[begin:], entities):
+            result.start, result.end = result.start + begin, result.end + begin
+            results.append(result)
         results += [
             RecognizerResult(self.supported_entities[0], match.start(), match.end(), 0.5)
             for match in _full_name().finditer(text)
@@ -157,7 +166,7 @@ def _name(*excluded: str) -> str:
 @cache
 def _full_name() -> Any:
     name = _name("not_names", "seldom_names")
-    return regex.compile(rf"\b(?P<first>{name})(?:\s+(?:\p{{Lu}}\.\s+)?{name})?\b")
+    return regex.compile(rf"\b(?P<first>{name})(?:\s+(?:\p{{Lu}}\.\s+)?{name}){{0,2}}\b")
 
 
 def _patterns(*expressions: str) -> list[Pattern]:
@@ -172,11 +181,6 @@ def _name_patterns() -> list[Pattern]:
         "father|boss|manager|therapist|counsell?or|psychiatrist|psychologist|cousin|aunt|uncle|nephew|niece|roommate|"
         "coworker|co-worker|colleague|teacher|neighbou?r|stepson|stepdaughter|stepfather|stepmother|stepdad|stepmom"
     )
-    closing = (
-        "best(?: wishes| regards)?|kind regards|warm regards|warmly|regards|sincerely|yours(?: sincerely| truly)?|"
-        "respectfully|thanks(?: so much| a lot| again| in advance)?|thank you(?: so much)?|many thanks|cheers|love|"
-        "signed|take care"
-    )
     return _patterns(
         rf"(?i:\bmy (?:full |real |first )?name(?: is|'s)|\bpeople call me|\bi am called)\s+\K{full}",
         r"(?i:\bmy (?:full |real |first )?name(?: is|'s))\s+\K\p{Ll}{2,}\b",
@@ -185,6 +189,18 @@ def _name_patterns() -> list[Pattern]:
         rf"\b(?:Dr|Mr|Mrs|Ms|Mx|Prof|Professor|Doctor|Pastor|Rev|Coach|Miss)\.?\s+\K{full}",
         rf"(?i:\bmy|\bhis|\bher|\bour|\btheir)\s+(?:\w+[- ]){{0,2}}?(?:{people})\s*,?\s+\K{full}",
         rf"\b(?:named|called|name is|name was)\s+\K{full}",
+    )
+
+
+def _signature_patterns() -> list[Pattern]:
+    name = _name("not_names")
+    full = rf"{name}(?:\s+(?:\p{{Lu}}\.\s+)?{name}){{0,2}}\b"
+    closing = (
+        "best(?: wishes| regards)?|kind regards|warm regards|warmly|regards|sincerely|yours(?: sincerely| truly)?|"
+        "respectfully|thanks(?: so much| a lot| again| in advance)?|thank you(?: so much)?|many thanks|cheers|love|"
+        "signed|take care"
+    )
+    return _patterns(
         rf"(?:^|[.!?,;)]\s*|\n)\s*(?i:{closing})\s*[,.!\n–—-]*\s*\K{full}(?=\s*[.!]?\s*\Z)",
         rf"(?:[-–—~]\s?)\K{full}(?=\s*[.!]?\s*\Z)",
     )
@@ -214,11 +230,17 @@ def _address_patterns() -> list[Pattern]:
     )
 
 
-_APPS = r"instagram|insta|ig|snap(?:chat)?|twitter|tik\s?tok|discord|telegram|kik|skype|reddit|steam|twitch|wechat"
+_APPS = (
+    r"instagram|insta|ig|snap(?:chat)?|twitter|tik\s?tok|discord|telegram|kik|skype|reddit|steam|twitch|wechat|"
+    r"user\s?name|screen\s?name|handle|gamer\s?tag"
+)
+# Pieces of those words, for a first look that is quick.
+_HINTS = ("@", "u/", "#", "insta", "ig ", "ig:", "snap", "twit", "tik", "disc", "tele", "kik", "skyp", "redd", "steam")
+_HINTS += ("wechat", "user", "screen", "handle", "gamer")
 _HANDLES = (
     r"(?<![\w@./+-])@[A-Za-z0-9_](?:[\w.]{0,28}\w)\b(?!@)",
     r"(?<![\w/])/?u/[A-Za-z0-9_-]{3,20}\b",
-    rf"(?i)\b(?:{_APPS}|user\s?name|screen\s?name|handle|gamer\s?tag)\b"
+    rf"(?i)\b(?:{_APPS})\b"
     r"(?:\s+(?:is|account|name|username|handle|id|user|at|under|as|me|on))*\s*[:=]?\s*[\"']?"
     r"\K[A-Za-z][\w.]*[\d_.#][\w.#]*\w\b",
     r"\b[A-Za-z]\w{2,31}#\d{4}\b",
@@ -240,18 +262,21 @@ def _finders() -> tuple[_Finder, ...]:
         made = [p if isinstance(p, Pattern) else Pattern("own", p, 0.6) for p in patterns]
         return PatternRecognizer(kind, patterns=made, global_regex_flags=regex.MULTILINE)
 
-    names = _Names("NAME", patterns=_name_patterns(), global_regex_flags=regex.V0)
     digits = regex.compile(r"\d\D{0,4}\d\D{0,4}\d\D{0,4}\d\D{0,4}\d\D{0,4}\d\D{0,4}\d").search
     house = regex.compile(r"\d").search
-    dotted = regex.compile(r"[A-Za-z0-9]\.[A-Za-z]|://").search
-    handle = regex.compile(rf"@|\bu/|#\d|(?i:\b(?:{_APPS}|user\s?name|screen\s?name|handle|gamer\s?tag)\b)").search
+    after_dot = regex.compile(r"\.[A-Za-z]").search
+
+    def handles(text: str) -> bool:
+        small = text.lower()
+        return any(hint in small for hint in _HINTS)
+
     return (
         _Finder("EMAIL", _Email(), lambda text: "@" in text),
-        _Finder("EMAIL", own("EMAIL", [_AT]), regex.compile(r"(?i)[(\[ ]at[)\] ].{1,40}(?:dot|\.)").search),
-        _Finder("URL", _Url(), dotted),
+        _Finder("EMAIL", own("EMAIL", [_AT]), regex.compile(r"(?i)[(\[]\s*at\b|\bdot\b").search),
+        _Finder("URL", _Url(), lambda text: "://" in text or after_dot(text)),
         _Finder("ADDRESS", own("ADDRESS", _address_patterns()), house),
         _Finder("PHONE", own("PHONE", _PHONES), digits),
         _Finder("PHONE", _Phone(supported_regions=_REGIONS, leniency=_POSSIBLE), digits),
-        _Finder("HANDLE", own("HANDLE", _HANDLES), handle),
-        _Finder("NAME", names, regex.compile(r"\p{Lu}\p{Ll}|(?i)name(?: is|'s)").search),
+        _Finder("HANDLE", own("HANDLE", _HANDLES), handles),
+        _Finder("NAME", _Names(), regex.compile(r"\p{Lu}\p{Ll}|(?i)name(?: is|'s)").search),
     )
