@@ -179,11 +179,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/prepare_scale"))
     parser.add_argument("--quick", action="store_true", help="10,000 rows only")
     arguments = parser.parse_args()
+    console = Console(width=140)
     sizes = [10_000] if arguments.quick else sorted(int(rows) for rows in arguments.rows.split(","))
     with ray_session(ClusterConfig(object_store_gib=0.25), verbose=False):
         measure(3_000, arguments.folder)  # workers load what they need
-        found = [measure(rows, arguments.folder) for rows in sizes]
-    Console(width=140).print(table(found))
+        found = []
+        for rows in sizes:
+            found.append(measure(rows, arguments.folder))
+            console.print(f"{rows:,} rows in {found[-1].seconds:.0f} s")
+    console.print(table(found))
     first, last = found[0], found[-1]
     figures = {
         "rows": last.rows,

@@ -12,7 +12,8 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from psycho.speeches.source import SourceFile, find_files, is_hub_id, open_binar
 
 CP1252 = "cp1252_lines"
 MAX_LINE = 1 << 24
+CUT = "a line of 16 MiB or more"
 _MAX_FIELD = 2**31 - 1
 _BATCH_ROWS = 512
 _DELIMITERS = ",;\t"
@@ -126,30 +128,29 @@ def _rest(file: BinaryIO) -> bytes:
 
 def _csv(file: SourceFile, config: SpeechesConfig, notes: Counter[str]) -> Iterator[Row | str]:
     csv.field_size_limit(_MAX_FIELD)
+    cut: list[int] = []
     with open_binary(file.uri) as binary:
-        # A bare carriage return ends a line too (old Macintosh files).
-        lines = (
-            part
-            for line, _ in _lines(binary, file.uri, notes)
-            for part in (re.split(r"(?<=\r)(?!\n)", line) if "\r" in line else [line])
-        )
+        lines = _csv_lines(_lines(binary, file.uri, notes), cut)
         header = next((line for line in lines if line.strip()), None)
         if header is None:
             raise BadInput(f"{file.uri} is empty; give a file with a header and rows")
         delimiter = max(_DELIMITERS, key=lambda d: config.text_column in next(csv.reader([header], delimiter=d), []))
-        names = next(csv.reader(_header(header, lines), delimiter=delimiter))
+        names = next(csv.reader(chain([header], lines), delimiter=delimiter))  # a name may hold a line end
         _check_columns(file.uri, names, config)
         reader = csv.DictReader(lines, fieldnames=names, delimiter=delimiter)
         try:
-            yield from reader
+            for row in reader:
+                yield CUT if cut else row
+                cut.clear()
         except csv.Error as error:
             raise BadInput(f"{file.uri} line {reader.line_num} is not CSV ({error}); put it right") from None
 
 
-def _header(header: str, lines: Iterator[str]) -> Iterator[str]:
-    """The header's line, and those that follow where a name holds a line end."""
-    yield header
-    yield from lines
+def _csv_lines(lines: Iterable[tuple[str, bool]], cut: list[int]) -> Iterator[str]:
+    """Lines for the CSV reader, the old Macintosh's too; a line without its middle leaves a mark in `cut`."""
+    for line, is_cut in lines:
+        cut += [1] * is_cut
+        yield from re.split(r"(?<=\r)(?!\n)", line) if "\r" in line else [line]
 
 
 def _jsonl(file: SourceFile, config: SpeechesConfig, notes: Counter[str]) -> Iterator[Row | str]:
@@ -157,7 +158,7 @@ def _jsonl(file: SourceFile, config: SpeechesConfig, notes: Counter[str]) -> Ite
     with open_binary(file.uri) as binary:
         for line, cut in _lines(binary, file.uri, notes):
             if cut:
-                yield f"a line of {MAX_LINE >> 20} MiB or more"
+                yield CUT
                 continue
             if not line.strip():
                 continue
