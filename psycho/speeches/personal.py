@@ -28,6 +28,8 @@ with leave_out("torch", "transformers", "stanza"):  # 400 MB and many seconds in
 TYPES = ("EMAIL", "URL", "ADDRESS", "PHONE", "HANDLE", "NAME")  # of two that overlap the earlier type stands
 _REGIONS = ("US", "GB", "AU", "IN", "DE", "FR")
 _POSSIBLE = 0  # of phonenumbers' leniency: the shape of a number; validity would miss made-up and foreign ones
+# A capitalised word that does not begin a sentence: without one there is no context to look for.
+_CAPITAL_INSIDE = regex.compile(r"(?:[\p{L}\d,;:'\"()]|\b(?:Dr|Mr|Mrs|Ms|Mx|Prof|Rev)\.)\s+(?:\p{Lu}['’])?\p{Lu}\p{Ll}")
 _SIGNATURE_CHARS = 120  # at the end of a text
 _BARE_DOMAINS = ("com", "org", "net", "edu", "gov", "io", "co.uk", "org.uk", "de", "ca", "com.au")
 
@@ -111,7 +113,8 @@ class _Names(PatternRecognizer):
     def analyze(
         self, text: str, entities: list[str], nlp_artifacts: Any = None, regex_flags: int | None = None
     ) -> list[RecognizerResult]:
-        results = super().analyze(text, entities, nlp_artifacts, regex_flags)
+        in_context = _CAPITAL_INSIDE.search(text) or "name" in text.lower()
+        results = super().analyze(text, entities, nlp_artifacts, regex_flags) if in_context else []
         begin = max(0, len(text) - _SIGNATURE_CHARS)
         for result in self._signatures.analyze(text[begin:], entities):
             result.start, result.end = result.start + begin, result.end + begin
