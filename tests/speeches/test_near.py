@@ -96,6 +96,14 @@ def test_a_key_that_all_rows_share_costs_no_more_than_a_line(tmp_path, monkeypat
     assert compared <= 6 * 2000
 
 
+def test_candidates_are_the_next_few_of_a_key_and_its_first():
+    keys = np.array([7, 3, 7, 7, 5, 7, 7, 7, 7, 5], np.uint64)
+    places = [0, 2, 3, 5, 6, 7, 8]
+    found = {(int(a), int(b)) for left, right in near._candidates(keys) for a, b in zip(left, right, strict=True)}
+    close = {(a, b) for i, a in enumerate(places) for b in places[i + 1 : i + 5]}
+    assert found == close | {(0, 7), (0, 8), (4, 9)}
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.95, 1.0])
 def test_banding_meets_pairs_at_the_threshold(threshold):
     bands, rows = banding(threshold)

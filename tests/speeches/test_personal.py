@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycho.nano.grammar import sample_speech
+from psycho.speeches import personal
 from psycho.speeches.clean import plain_text
 from psycho.speeches.personal import find, mask
 
@@ -111,11 +112,20 @@ def test_spans_are_ordered_and_do_not_overlap(parts):
 
 
 def test_nothing_is_fetched(monkeypatch):
-    def refuse(*_: object) -> None:
-        raise AssertionError("a connection was opened")
+    asked: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise OSError("no network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert mask("write to a.b@mail.example.co.uk or see www.example.com")[1] == {"EMAIL": 1, "URL": 1}
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    personal._domains.cache_clear()
+    assert mask("write to a.b@mail.example.co.uk or see www.example.com or my.example.com/x")[1] == {
+        "EMAIL": 1,
+        "URL": 2,
+    }
+    assert asked == []
 
 
 @pytest.mark.parametrize("text", ["", " ", "a", "[EMAIL]", "@" * 5000, "1 " * 5000, "A" * 5000, "Anna " * 2000])

@@ -182,6 +182,13 @@ def test_a_line_of_any_length_costs_no_more_than_its_row(tmp_path, monkeypatch, 
     assert first is third is None and second == "a line of 16 MiB or more"
 
 
+def test_a_quote_that_was_cut_out_swallows_no_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_LINE", 4096)
+    path = tmp_path / "speeches.csv"
+    path.write_text(f'question,other\n"{SECRET}",a\n"{"x" * 9000}",{"y" * 9000}\n"{SECRET[::-1]}",b\n')
+    assert reasons(path) == [None, "a line of 16 MiB or more", None]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_line_of_100_mb(tmp_path, kind):
     path = write(tmp_path, kind, [{"question": SECRET}, {"question": "x" * 100_000_000}, {"question": SECRET[::-1]}])
