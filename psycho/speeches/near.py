@@ -37,10 +37,13 @@ def shingles(text: str) -> list[bytes]:
 
 def signatures(texts: Iterable[str]) -> npt.NDArray[np.uint32]:
     """MinHash signatures, [texts, PERMUTATIONS]."""
-    pieces = (shingles(text) for text in texts)
     # crc32 is enough: the affine32 scheme mixes what it is given before it permutes, and SHA-1 takes ten times as long.
-    hashes = MinHash.generator(pieces, num_perm=PERMUTATIONS, hashfunc=crc32, scheme="affine32")
-    rows = [minhash.hashvalues for minhash in hashes]
+    minhash = MinHash(num_perm=PERMUTATIONS, hashfunc=crc32, scheme="affine32")
+    rows = []
+    for text in texts:
+        minhash.clear()
+        minhash.update_batch(shingles(text))
+        rows.append(minhash.digest())
     return np.stack(rows).astype(np.uint32) if rows else np.empty((0, PERMUTATIONS), np.uint32)
 
 
