@@ -58,7 +58,8 @@ def find(text: str) -> list[Span]:
     for finder in _finders():
         if not finder.worth_it(text):
             continue
-        for result in finder.recognizer.analyze(text, finder.recognizer.supported_entities, None):
+        recognizer: Any = finder.recognizer  # presidio wants the words of a language model, and does without them
+        for result in recognizer.analyze(text, recognizer.supported_entities, None):
             span = Span(result.start, result.end, finder.type)
             if all(span.end <= other.start or other.end <= span.start for other in found):
                 found.append(span)
@@ -238,8 +239,10 @@ _APPS = (
     r"user\s?name|screen\s?name|handle|gamer\s?tag"
 )
 # Pieces of those words, for a first look that is quick.
-_HINTS = ("@", "u/", "#", "insta", "ig ", "ig:", "snap", "twit", "tik", "disc", "tele", "kik", "skyp", "redd", "steam")
-_HINTS += ("wechat", "user", "screen", "handle", "gamer")
+_HINTS = (
+    *("@", "u/", "#", "insta", "ig ", "ig:", "snap", "twit", "tik", "disc", "tele", "kik", "skyp", "redd", "steam"),
+    *("wechat", "user", "screen", "handle", "gamer"),
+)
 _HANDLES = (
     r"(?<![\w@./+-])@[A-Za-z0-9_](?:[\w.]{0,28}\w)\b(?!@)",
     r"(?<![\w/])/?u/[A-Za-z0-9_-]{3,20}\b",

@@ -74,7 +74,7 @@ def open_binary(uri: str) -> BinaryIO:
     if not storage.is_remote(uri):
         return Path(uri).open("rb")
     fs, path = storage.resolve(uri)
-    return io.BufferedReader(fs.open_input_stream(path), 1 << 20)  # type: ignore[arg-type]
+    return io.BufferedReader(fs.open_input_stream(path), 1 << 20)
 
 
 def _expand(source: str) -> str:
