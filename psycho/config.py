@@ -161,7 +161,6 @@ class LoopConfig(Section):
     lr: float = Field(..., gt=0)
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(..., ge=1, description="examples or pairs in an optimizer step, over all workers")
-    micro_batch_size: int | None = Field(None, ge=1, description="examples a worker handles at once; none: all")
     warmup_share: float = Field(0.05, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -185,6 +184,8 @@ class RewardConfig(LoopConfig):
     batch_size: int = Field(128, ge=1)
     epochs: int = Field(2, ge=1)
     init: str = Field("policy", description="policy: the base policy; or a model of its own")
+    margin_per_gap: float = Field(0.0, ge=0, description="the margin asked for is this times the pair's gap")
+    centring: float = Field(0.0, ge=0, description="weight of (r_c + r_r)^2, which keeps rewards around zero")
 
 
 class PreferenceConfig(LoopConfig):
@@ -193,6 +194,12 @@ class PreferenceConfig(LoopConfig):
     lr: float = Field(5e-7, gt=0)
     batch_size: int = Field(64, ge=1)
     beta: float = Field(0.1, gt=0)
+    loss: Literal["dpo", "ipo", "hinge", "robust", "dpo_norm", "simpo", "orpo"] = "dpo"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be wrong (dpo, robust)")
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    f_alpha: float = Field(0.5, gt=0, description="of the alpha divergence; 1 is reverse_kl")
+    simpo_gamma: float = Field(0.5, ge=0, description="SimPO's target margin")
+    ld_alpha: float = Field(1.0, ge=0, le=1, description="weight of tokens beyond the length both sides share")
     nll_weight: float = Field(0.0, ge=0, description="weight of the chosen response's negative log-likelihood")
 
 
@@ -200,6 +207,15 @@ class DPOConfig(PreferenceConfig):
     """Offline DPO; `init` is the policy it starts from, which is also its reference."""
 
     init: Literal["base", "sft"] = "base"
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters instead of all weights; what is saved is merged."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = Field((), description="none: every linear layer")
 
 
 class TrainingConfig(Section):
@@ -212,7 +228,13 @@ class TrainingConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
+    offload_parameters: bool = Field(False, description="to the host's memory; needs zero_stage 3")
     gradient_checkpointing: bool = False
+    bin_tokens: int = Field(16384, ge=32, description="tokens a worker handles at once; at least twice max_length")
+    checkpoint_every_steps: int | None = Field(100, ge=1, description="an interrupted training goes on from the last")
+    max_failures: int = Field(0, ge=0, description="worker failures (a spot node that goes) after which it goes on")
+    packing: bool = Field(True, description="encode a prompt once for all its responses; off: a padded row each")
+    lora: LoRAConfig | None = Field(None, description="none: all weights are trained")
     threads_per_worker: int | None = Field(None, ge=1, description="CPU threads of torch")
     max_length: int = Field(2048, ge=16, description="tokens of prompt and response")
     start_timeout_s: float = Field(900, gt=0)
@@ -221,6 +243,17 @@ class TrainingConfig(Section):
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
     dpo: DPOConfig = DPOConfig()
+
+    @model_validator(mode="after")
+    def _room(self) -> TrainingConfig:
+        if self.bin_tokens < 2 * self.max_length:
+            raise ValueError(
+                f"bin_tokens {self.bin_tokens} is under twice max_length {self.max_length}, so a pair may not fit; "
+                "raise it or lower max_length"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3; set it or switch offload_parameters off")
+        return self
 
 
 class OnlineConfig(PreferenceConfig):

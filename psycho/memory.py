@@ -21,11 +21,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from psycho.config import Config, EngineConfig, JudgeConfig, LoopConfig, TrainingConfig
+from psycho.config import Config, EngineConfig, JudgeConfig, TrainingConfig
 
 GIB = 2**30
 NANO_PARAMETERS_B = 0.0009
-_VOCABULARY, _DEFAULT_MODEL_LEN = 152_064, 8192  # Qwen2.5's, the larger of the usual two
+_DEFAULT_MODEL_LEN = 8192
+_LOGITS = 2**25  # elements of a chunk of logits; in fp32 with gradient and softmax (training/modules.py)
 _CONTEXT_GIB, _ENGINE_GIB = 1.0, 2.0
 
 
@@ -87,16 +88,15 @@ def shape(size_b: float) -> tuple[float, float]:
     return hidden, hidden / 128
 
 
-def activation_gib(size_b: float, tokens: int, training: TrainingConfig, logits: bool) -> float:
-    """Activations and, for language models, logits of one micro-batch of so many tokens."""
+def activation_gib(size_b: float, training: TrainingConfig) -> float:
+    """Activations of one bin, and one chunk of logits with its gradient (`training/modules.py`)."""
     hidden, layers = shape(size_b)
-    vocabulary = min(_VOCABULARY, size_b * 1e9 / hidden)  # an embedding is no larger than its model
     kept = 2 * layers + 34 if training.gradient_checkpointing else 34 * layers
     scale = 1 if training.precision == "bf16" else 2
-    return tokens * (kept * hidden * scale + (14 * vocabulary if logits else 0)) / GIB
+    return (training.bin_tokens * kept * hidden * scale + 12 * _LOGITS) / GIB
 
 
-def training_load(config: Config, model: str, settings: LoopConfig, pairs: bool, logits: bool = True) -> Load:
+def training_load(config: Config, model: str) -> Load:
     """The ranks of one training; each also reads the whole model through its host's memory."""
     training, size_b = config.training, parameters_b(config, model)
     if size_b is None:
@@ -106,8 +106,7 @@ def training_load(config: Config, model: str, settings: LoopConfig, pairs: bool,
     offloaded = optimizer if training.offload_optimizer else 0.0
     bucket = 5e8 if training.gpus_per_worker else min(5e8, size_b * 1e9)  # a CPU only pays for pages it writes
     buffers = (bucket * (stage >= 1) + min(1e9, size_b * 1e9) * (stage == 3)) * width / GIB
-    micro = settings.micro_batch_size or -(-settings.batch_size // training.workers)
-    work = activation_gib(size_b, micro * (2 if pairs else 1) * training.max_length, training, logits)
+    work = activation_gib(size_b, training)
     total = weights + gradients + optimizer - offloaded + buffers + work + _CONTEXT_GIB
     if not training.gpus_per_worker:
         return Load(model, training.workers, 0, 0.0, total)

@@ -22,7 +22,7 @@ from psycho.config import Config, EngineConfig, JudgeConfig, LoopConfig, Samplin
 from psycho.errors import BadInput
 from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
 from psycho.run import Run
-from psycho.speeches.source import SourceFile, find_files, is_hub_id
+from psycho.speeches.source import find_files, is_hub_id
 from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge
 
 CARDS_GIB = (24, 48, 80)
@@ -177,7 +177,7 @@ def count_speeches(config: Config) -> tuple[int, str]:
         return made, f"{made:,} made by the nano grammar"
     try:
         far = storage.is_remote(speeches.source) or is_hub_id(speeches.source)
-        found = 0 if far else sum(_count_rows(file) for file in find_files(speeches))
+        found = 0 if far else sum(_count_rows(Path(file.uri)) for file in find_files(speeches))
     except (OSError, ValueError, csv.Error, pa.ArrowException, BadInput):
         far, found = False, 0
     told = f"{found:,} rows before cleaning"
@@ -189,14 +189,14 @@ def count_speeches(config: Config) -> tuple[int, str]:
     return kept, f"{speeches.source} ({told}{f'; speeches.limit {kept:,}' if kept < found else ''})"
 
 
-def _count_rows(source: SourceFile) -> int:
-    if source.kind == "parquet":
-        return pq.ParquetFile(source.uri).metadata.num_rows
-    if source.kind == "arrow":
-        with pa.ipc.open_stream(source.uri) as batches:
+def _count_rows(path: Path) -> int:
+    if path.suffix.lower() == ".parquet":
+        return pq.ParquetFile(path).metadata.num_rows
+    if path.suffix == ".arrow":
+        with pa.ipc.open_stream(str(path)) as batches:
             return sum(batch.num_rows for batch in batches)
-    with open(source.uri, encoding="utf-8-sig", errors="replace", newline="") as file:
-        if source.kind == "csv":
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        if path.suffix.lower() == ".csv":
             return max(0, sum(1 for row in csv.reader(file) if row) - 1)
         return sum(1 for line in file if line.strip())
 
@@ -242,7 +242,7 @@ def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
     judged = online.scorer == "judge"
     policy = engine_load(config, config.policy, *_online_engine(config))
     scorer = engine_load(config, config.judge.model if judged else start, *_online_engine(config))
-    trained = training_load(config, config.policy, online, True)
+    trained = training_load(config, config.policy)
     made = sampled * min(online.max_pairs_per_speech, online.samples_per_speech // 2)
     steps = online.rounds * _steps(made // online.rounds, online)
     answers = sampled * online.samples_per_speech
@@ -263,7 +263,7 @@ def _online_engine(config: Config) -> tuple[EngineConfig | None, float | None]:
 
 def _fit(config: Config, name: str, model: str, rows: int, settings: LoopConfig, length: int) -> StagePlan:
     pairs = name != "train_sft"
-    load = training_load(config, model, settings, pairs, logits=name != "train_reward")
+    load = training_load(config, model)
     tokens = rows * (2 if pairs else 1) * length * settings.epochs
     return StagePlan(name, rows, rows, 0, _steps(rows, settings), tokens, ((load,),))
 

@@ -64,7 +64,9 @@ class Run:
 
     def __init__(self, config: Config, stages: Iterable[Stage]) -> None:
         self.config = config
-        self.root = config.run_dir
+        # Absolute: workers of Ray do not share the working directory of the command.
+        here = not storage.is_remote(config.run_dir)
+        self.root = storage.resolve(config.run_dir)[1] if here else config.run_dir
         self.stages = {stage.name: stage for stage in stages}
         self._keys: dict[str, str] = {}
 

@@ -16,7 +16,15 @@ from psycho.speeches.source import fingerprint
 Settings = Mapping[str, Any]
 POLICIES = ("base", "sft", "dpo", "online")
 _ESTIMATES = {"parameters_b", "gpus_per_worker"}
-_EXECUTION = {"start_timeout_s", "collective_timeout_s", "env", "cpus_per_worker", "threads_per_worker"}
+_EXECUTION = {
+    "start_timeout_s",
+    "collective_timeout_s",
+    "env",
+    "cpus_per_worker",
+    "threads_per_worker",
+    "checkpoint_every_steps",
+    "max_failures",
+}
 
 
 def _training(config: Config) -> dict[str, Any]:

@@ -143,11 +143,11 @@ def local_copy(uri: str, cache: Path) -> str:
     return str(target)
 
 
-def write_table(table: pa.Table, uri: str, name: str = "part-0") -> None:
-    """Write one Parquet file `<name>.parquet` into the folder `uri`."""
+def write_table(table: pa.Table, uri: str, name: str = "part-0.parquet") -> None:
+    """Write one Parquet file into the folder `uri`."""
     fs, path = resolve(uri)
     fs.create_dir(path, recursive=True)
-    pq.write_table(table, f"{path}/{name}.parquet", filesystem=fs)
+    pq.write_table(table, f"{path}/{name}", filesystem=fs)
 
 
 def parquet_files(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:

@@ -102,7 +102,7 @@ def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, 
     with job.progress.stage("topics", total, "speeches") as reporter:
         arguments: dict[str, Any] = {"spec": spec, "model": resolve(job.config, model.model), "reporter": reporter}
         for fs, path in list(storage.parquet_files(folder)):
-            speeches, name = pq.read_table(path, filesystem=fs), PurePosixPath(path).stem
+            speeches, name = pq.read_table(path, filesystem=fs), PurePosixPath(path).name
             requests = speeches.select(["speech_id", "question"]).rename_columns(["request_id", "question"])
             answers = storage.join(partial, "answers", name)
             tables = run_batches(requests, answers, TopicBatch, arguments, inference, model.gpus_per_worker)

@@ -78,7 +78,7 @@ def test_the_table_is_whole_on_a_terminal_of_80_columns():
     text = printed(load_config(PAPER), "train_dpo")
     assert "…" not in text
     online = next(line for line in text.splitlines() if "train_online " in line)
-    assert online.split() == ["train_online", "819,200", "819,200", "1,638,400", "1,600", "137.0", "12", "28.5", "14.9"]
+    assert online.split() == ["train_online", "819,200", "819,200", "1,638,400", "1,600", "137.0", "12", "26.0", "14.9"]
     assert len(online) < 80
 
 
@@ -210,18 +210,19 @@ def test_single_precision_is_sixteen_bytes_too():
 def test_offloading_moves_the_optimizer_to_the_host():
     def load(offload):
         config = minimal(training={"workers": 8, "zero_stage": 2, "offload_optimizer": offload})
-        return memory.training_load(config, "o/p-8B", config.training.dpo, True)
+        return memory.training_load(config, "o/p-8B")
 
     kept, moved = load(False), load(True)
     assert kept.gib - moved.gib == pytest.approx(12e9 / memory.GIB)
     assert moved.host_gib - kept.host_gib == pytest.approx(12e9 / memory.GIB)
 
 
-def test_checkpointing_saves_activations_and_a_reward_model_has_no_logits():
+def test_checkpointing_saves_activations_and_logits_do_not_grow_with_the_bin():
     plain, saving = TrainingConfig(), TrainingConfig(gradient_checkpointing=True)
-    assert memory.activation_gib(8, 4096, saving, False) < memory.activation_gib(8, 4096, plain, False) / 10
-    logits = memory.activation_gib(8, 4096, saving, True) - memory.activation_gib(8, 4096, saving, False)
-    assert logits == pytest.approx(4096 * 152_064 * 14 / memory.GIB)
+    assert memory.activation_gib(8, saving) < memory.activation_gib(8, plain) / 10
+    twice = saving.model_copy(update={"bin_tokens": 2 * saving.bin_tokens})
+    logits = 2 * memory.activation_gib(8, saving) - memory.activation_gib(8, twice)
+    assert logits == pytest.approx(0.375)
 
 
 @pytest.mark.parametrize(("size", "hidden", "layers"), [(0.49, 896 * 2, 12), (8.03, 4096, 32), (70.6, 8192, 80)])

@@ -219,7 +219,8 @@ def _write(
                     left_out.write(json.dumps({"row": row["row"], "reason": reason}) + "\n")
                     reasons[_kind(reason)] += 1
             if kept:
-                storage.write_table(pa.Table.from_pylist(kept, schema=CLIENT_SPEECH), target, f"part-{part:05d}")
+                table = pa.Table.from_pylist(kept, schema=CLIENT_SPEECH)
+                storage.write_table(table, target, f"part-{part:05d}.parquet")
                 part += 1
     return topics, reasons
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class TrainJob:
     shuffle: bool = True
     overrides: dict[str, Any] = field(default_factory=dict)  # of the training section
     name: str = ""
+    references: str | None = None  # folder of stored reference log-probabilities
 
 
 def train(jobs: Sequence[TrainJob], training: TrainingConfig, reporter: Reporter | None, storage_path: str) -> None:
@@ -96,7 +98,7 @@ def launch(
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=storage_path,
             # Without the second limit (Ray Train V2) it asks for workers that do not come again and again, for ever.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            failure_config=FailureConfig(max_failures=training.max_failures, controller_failure_limit=0),  # type: ignore[call-arg]
             worker_runtime_env={"env_vars": _environment(training)},
         ),
     )
@@ -138,19 +140,23 @@ def _train_worker(config: dict[str, Any]) -> None:
     for job in config["jobs"]:
         own = training.model_copy(update=job.overrides)
         trainer = Trainer(job.kind, job.model, job.settings, own, job.seed)
-        examples, too_long = trainer.examples(read_rows(job.data))
+        groups, too_long = trainer.groups(read_rows(job.data))
 
         def on_step(rows: int, tokens: int, statistics: dict[str, float], name: str = job.name) -> None:
             if reporter and trainer.rank == 0:  # noqa: B023 - used only while this job runs
                 reporter.add(rows, tokens, f"{name} loss {statistics['loss']:.3f}".strip())
 
-        history = trainer.fit(examples, job.seed, on_step, job.shuffle) if examples else []
+        history = []
+        if groups:
+            checkpoints = f"{job.output}.checkpoints"
+            history = trainer.fit(groups, job.seed, on_step, job.shuffle, job.references, checkpoints)
         aside = f"{job.output}.unfinished"
         trainer.save(aside)
         if trainer.rank == 0:
             write_history(aside, history)
             Path(aside, "too_long.json").write_text(json.dumps(too_long), encoding="utf-8")
             os.replace(aside, job.output)  # a folder of that name is a finished model
+            shutil.rmtree(f"{job.output}.checkpoints", ignore_errors=True)
         dist.barrier()  # the next training may start from it
         trainer.close()
 

@@ -1,8 +1,8 @@
 """The one training loop, on `deepspeed.initialize` under Ray Train, for SFT, reward, DPO and online DPO.
 
-The objective says what a micro-batch costs; the loop does the rest: the plan, ZeRO, the learning rate, statistics as
+The objective says what a micro-step costs; the loop does the rest: the plan, ZeRO, the learning rate, statistics as
 sums over all ranks, and a plain Hugging Face checkpoint at the end. The loss of an optimizer step is the mean over
-everything in it, whatever the number of ranks and micro-batches.
+everything in it, whatever the number of ranks and micro-steps.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,15 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from psycho.config import LoopConfig, TrainingConfig
-from psycho.training.examples import Encoded, Pair, length, tokens
-from psycho.training.objectives import DPO, OBJECTIVES, Row
-from psycho.training.plan import learning_rate, micro_steps, plan_epoch
+from psycho.run import content_key
+from psycho.training.checkpoint import Checkpoints
+from psycho.training.groups import Group, response_key, split
+from psycho.training.lora import add_lora, merged
+from psycho.training.modules import use_packing
+from psycho.training.objectives import OBJECTIVES, Preference, Row
+from psycho.training.packing import Batch, packed, padded
+from psycho.training.plan import Step, learning_rate, plan_epoch
+from psycho.training.references import with_references
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 
@@ -40,121 +46,136 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.objective = OBJECTIVES[kind](settings, self.tokenizer, self.device)
-        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        module = self.objective.load(model, dtype)
+        self.objective = OBJECTIVES[kind](settings, self.tokenizer)
+        loaded = self.objective.load(model, torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        self.unpacked = use_packing(loaded) if training.packing else "training.packing is off"
         if training.gradient_checkpointing:
-            module.gradient_checkpointing_enable()  # type: ignore[operator]
-        self._accumulate = micro_steps(settings.batch_size, self.world, settings.micro_batch_size)
+            loaded.gradient_checkpointing_enable()
+        self._config = loaded.config
+        self._save_pretrained = loaded.save_pretrained
+        if training.lora:
+            loaded = add_lora(loaded, training.lora, "SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
+        module = self.objective.wrap(loaded)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
-            config=deepspeed_config(settings, training, self.world),
+            config=deepspeed_config(settings, training),
         )
 
-    def examples(self, rows: Sequence[Row]) -> tuple[list[Encoded | Pair], list[int]]:
-        """Encode rows; the second list holds the positions of rows that are over the maximal length."""
-        kept: list[Encoded | Pair] = []
-        too_long: list[int] = []
-        for index, row in enumerate(rows):
-            example = self.objective.example(row)
-            if length(example) > self.training.max_length:
-                too_long.append(index)
-            else:
-                kept.append(example)
-        return kept, too_long
+    def groups(self, rows: Sequence[Row]) -> tuple[list[Group], list[int]]:
+        """Rows as speech groups that fit a bin; the second list holds the positions of rows that are too long."""
+        groups, too_long = self.objective.groups(rows, self.training.max_length)
+        return [part for group in groups for part in split(group, self.training.bin_tokens)], too_long
+
+    def collate(self, groups: Sequence[Group]) -> Batch:
+        """One micro-step's groups on this rank's device."""
+        batch = padded(groups, self.tokenizer.pad_token_id) if self.unpacked else packed(groups)
+        return batch.to(self.device)
 
     def fit(
-        self, examples: Sequence[Any], seed: int, on_step: OnStep | None = None, shuffle: bool = True
+        self,
+        groups: Sequence[Group],
+        seed: int,
+        on_step: OnStep | None = None,
+        shuffle: bool = True,
+        references: str | None = None,
+        checkpoints: str | None = None,
     ) -> list[dict[str, float]]:
-        """Train on examples for the configured epochs; returns the statistics of each optimizer step."""
+        """Train for the configured epochs; returns the statistics of each optimizer step.
+
+        Args:
+            references: folder of the stored reference log-probabilities, where the objective needs them.
+            checkpoints: folder of checkpoints that an interrupted training goes on from; none: it starts anew.
+        """
         if self.objective.needs_reference:
-            examples = self._with_reference(examples)
+            groups = self._with_references(groups, references)
         settings = self.settings
-        sizes = [length(example) for example in examples]
+        sizes, counts = [group.tokens for group in groups], [group.count for group in groups]
         steps = [
             step
             for epoch in range(settings.epochs)
             for step in plan_epoch(
-                sizes,
-                settings.batch_size,
-                self.world,
-                self.rank,
-                settings.micro_batch_size,
-                seed + epoch,
-                shuffle,
+                sizes, counts, settings.batch_size, self.world, self.training.bin_tokens, seed + epoch, shuffle
             )
         ]
-        history = []
+        saved = self._checkpoints(checkpoints, groups, seed)
+        done, history = saved.resume(self.engine) if saved else (0, [])
         self.engine.train()
-        for number, step in enumerate(steps):
+        for number, step in enumerate(steps[done:], start=done):
             rate = learning_rate(number, len(steps), settings.lr, settings.warmup_share, settings.schedule)
-            for group in self.engine.optimizer.param_groups:
-                group["lr"] = rate
-            statistics = self._step(
-                [[examples[i] for i in micro] for micro in step.micro_batches],
-                [examples[i] for i in step.everything],
-            )
-            statistics |= {
-                "step": number,
-                "lr": rate,
-                "tokens": sum(tokens(examples[i]) for i in step.everything),
-            }
+            for parameters in self.engine.optimizer.param_groups:
+                parameters["lr"] = rate
+            started = time.perf_counter()
+            statistics = self._step(step, groups)
+            read = sum(sizes[index] for index in step.groups)
+            statistics |= {"step": number, "lr": rate, "tokens": read}
+            statistics["tokens_per_s"] = read / (time.perf_counter() - started)
             history.append(statistics)
             if on_step:
-                on_step(len(step.everything), int(statistics["tokens"]), statistics)
+                on_step(sum(counts[index] for index in step.groups), read, statistics)
+            if saved:
+                saved.save(self.engine, number + 1, len(steps), history)
         return history
 
-    def _step(self, micro_batches: list[list[Any]], everything: list[Any]) -> dict[str, float]:
-        total = sum(self.objective.weight(example) for example in everything)
+    def _checkpoints(self, folder: str | None, groups: Sequence[Group], seed: int) -> Checkpoints | None:
+        every = self.training.checkpoint_every_steps
+        if folder is None or every is None:
+            return None
+        data = [response_key(group, index) for group in groups for index in range(len(group.responses))]
+        training = self.training.model_dump(exclude={"env", "checkpoint_every_steps"})
+        key = content_key(self.settings.model_dump(), training, self.world, seed, data)
+        return Checkpoints(folder, key, every)
+
+    def _step(self, step: Step, groups: Sequence[Group]) -> dict[str, float]:
+        """One optimizer step. Nothing waits for the device before the sums are read at its end."""
+        total = sum(self.objective.weight(groups[index]) for index in step.groups)
+        count = sum(groups[index].count for index in step.groups)
+        mine = step.of(self.rank, self.world)
         sums: dict[str, torch.Tensor] = {}
-        for micro in micro_batches:
-            loss, parts = self.objective.sums(self.engine, micro or everything[:1])
-            share = 1.0 if micro else 0.0  # an empty micro-step joins the collectives and adds nothing
-            # DeepSpeed divides by ranks and micro-steps; the mean over the whole step is wanted.
-            self.engine.backward(loss * (share * self.world * self._accumulate / max(total, 1e-9)))
+        for turn, members in enumerate(mine):
+            # A rank without a group joins the collectives with somebody's smallest and adds nothing.
+            batch = self.collate([groups[index] for index in members or step.groups[-1:]])
+            share = 1.0 if members else 0.0
+            self.engine.set_gradient_accumulation_boundary(turn == len(mine) - 1)
+            loss, parts = self.objective.sums(self.engine(batch), batch)
+            # DeepSpeed divides by the ranks; the mean over the whole step is wanted, whoever had which part of it.
+            self.engine.backward(loss.float() * (share * self.world / max(total, 1e-9)), scale_wrt_gas=False)
             self.engine.step()
             for name, value in parts.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + share * value
         names = sorted(sums)
-        stacked = torch.stack([sums[name].float() for name in names])
+        stacked = torch.stack([sums[name].double() for name in names])
         dist.all_reduce(stacked)
         merged = dict(zip(names, stacked.tolist(), strict=True))
-        weight = merged.pop("loss_weight", None) or len(everything)
-        loss_value = merged.pop("loss") / weight
-        return {"loss": loss_value} | {name: value / len(everything) for name, value in merged.items()}
+        loss_value = merged.pop("loss") / (merged.pop("loss_weight", None) or count)
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return {"loss": loss_value, "grad_norm": norm} | {name: value / count for name, value in merged.items()}
 
-    def _with_reference(self, examples: Sequence[Pair]) -> list[Pair]:
-        """Reference log-probabilities by the model as it stands, each computed once, by one rank."""
-        assert isinstance(self.objective, DPO)
-        order = sorted(range(len(examples)), key=lambda index: length(examples[index]))
-        size = self.engine.train_micro_batch_size_per_gpu()  # what fits in training fits here
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
-        found: dict[int, tuple[float, float]] = {}
+    def _with_references(self, groups: Sequence[Group], folder: str | None) -> list[Group]:
+        assert isinstance(self.objective, Preference)
+        objective = self.objective
         self.engine.eval()
-        with torch.no_grad():
-            for turn in range(0, len(batches), self.world):
-                batch = batches[min(turn + self.rank, len(batches) - 1)]  # all ranks join every forward pass
-                chosen, rejected = self.objective.logprobs(self.engine, [examples[index] for index in batch])
-                found |= dict(zip(batch, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, found)
-        merged: dict[int, tuple[float, float]] = {}
-        for part in everyone:
-            merged |= part
-        return [replace(example, reference=merged[index]) for index, example in enumerate(examples)]
+        return with_references(
+            groups,
+            lambda batch: objective.logprobs(self.engine(batch), batch),
+            self.collate,
+            self.training.bin_tokens,
+            folder,
+        )
 
     def save(self, folder: str) -> None:
         """Write a Hugging Face folder (rank 0; every rank must call)."""
-        module = self.engine.module
         if self.training.zero_stage == 3:
             state = self.engine._zero3_consolidated_16bit_state_dict()
         else:
-            state = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+            state = {name: value.detach().cpu() for name, value in self.engine.module.state_dict().items()}
         if self.rank == 0:
-            if getattr(module.config, "tie_word_embeddings", False):
+            state = {name.removeprefix("model."): value for name, value in state.items()}
+            if self.training.lora:
+                state = merged(state, self.training.lora.alpha / self.training.lora.r)
+            if getattr(self._config, "tie_word_embeddings", False):
                 state.pop("lm_head.weight", None)
-            module.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            self._save_pretrained(folder, state_dict=state, safe_serialization=True)
             self.tokenizer.save_pretrained(folder)
         dist.barrier()
 
@@ -163,12 +184,13 @@ class Trainer:
         self.engine.destroy()
 
 
-def deepspeed_config(settings: LoopConfig, training: TrainingConfig, world: int) -> dict[str, Any]:
+def deepspeed_config(settings: LoopConfig, training: TrainingConfig) -> dict[str, Any]:
     """DeepSpeed's configuration for one loop."""
-    accumulate = micro_steps(settings.batch_size, world, settings.micro_batch_size)
     zero: dict[str, Any] = {"stage": training.zero_stage}
     if training.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.device == "cuda"}
+    if training.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": training.device == "cuda"}
     if training.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     # DeepSpeed's own fused Adam is for GPUs; on a CPU torch's is as fast and needs no compiled op.
@@ -176,8 +198,10 @@ def deepspeed_config(settings: LoopConfig, training: TrainingConfig, world: int)
     if training.device == "cpu":
         adam["torch_adam"] = True
     return {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size or -(-settings.batch_size // world),
-        "gradient_accumulation_steps": accumulate,
+        # The loop itself says where a step ends and by what the loss is divided (`Trainer._step`). Two, because with
+        # one DeepSpeed overwrites gradients where it should add them.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
         "gradient_clipping": settings.max_grad_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": training.precision == "bf16"},

@@ -1,6 +1,6 @@
-"""What each kind of training reads, and the loss of one micro-batch.
+"""What each kind of training reads, and the loss of one micro-step.
 
-An objective knows its model class, how a row becomes an example, and the sums of a micro-batch: the loss, and the
+An objective knows its model class, how rows become speech groups, and the sums of a batch: the loss, and the
 statistics to report. The loop (`loop.py`) knows nothing else of it.
 """
 
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from psycho.config import LoopConfig, PreferenceConfig, SFTConfig
+from psycho.config import LoopConfig, PreferenceConfig, RewardConfig, SFTConfig
 from psycho.training import losses
-from psycho.training.examples import Encoded, Pair, encode, encode_conversation
+from psycho.training.groups import Group, desensitise, encode, encode_conversation, encode_group, only
+from psycho.training.modules import PolicyModel, RewardModel, check_head
+from psycho.training.packing import Batch
 
 Row = Mapping[str, Any]
 Sums = dict[str, Tensor]
+Groups = list[Group]
 
 
 class Objective(ABC):
@@ -28,30 +31,30 @@ class Objective(ABC):
 
     needs_reference = False
 
-    def __init__(self, settings: LoopConfig, tokenizer: Any, device: torch.device) -> None:
-        self.settings, self.tokenizer, self.device = settings, tokenizer, device
+    def __init__(self, settings: LoopConfig, tokenizer: Any) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
 
-    def load(self, path: str, dtype: torch.dtype) -> nn.Module:
-        """The model to train."""
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    def load(self, path: str, dtype: torch.dtype) -> Any:
+        """The `transformers` model to train."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        check_head(model)
+        return model
 
-    @abstractmethod
-    def example(self, row: Row) -> Encoded | Pair:
-        """One row as token ids."""
-
-    @abstractmethod
-    def weight(self, example: Any) -> float:
-        """What the example counts in the mean loss."""
+    def wrap(self, model: Any) -> nn.Module:
+        """The module that takes a `Batch`."""
+        return PolicyModel(model)
 
     @abstractmethod
-    def sums(self, model: nn.Module, examples: Sequence[Any]) -> tuple[Tensor, Sums]:
-        """The summed loss of a micro-batch and summed statistics."""
+    def groups(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+        """Rows as speech groups, and the positions of rows with a text of more than `max_length` tokens."""
 
-    def _ids(self, rows: Sequence[Encoded]) -> Tensor:
-        return losses.pad([row.ids for row in rows], self.tokenizer.pad_token_id, self.device)
+    @abstractmethod
+    def weight(self, group: Group) -> float:
+        """What the group counts in the mean loss."""
 
-    def _weights(self, rows: Sequence[Encoded]) -> Tensor:
-        return losses.pad_floats([row.weights for row in rows], self.device)
+    @abstractmethod
+    def sums(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Sums]:
+        """The summed loss of a micro-step and summed statistics; `outputs` is what the module returned."""
 
 
 class SFT(Objective):
@@ -59,46 +62,70 @@ class SFT(Objective):
 
     settings: SFTConfig
 
-    def example(self, row: Row) -> Encoded:
-        return encode_conversation(self.tokenizer, json.loads(row["messages"]), self.settings.prompt_loss_weight)
+    def groups(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+        weight = self.settings.prompt_loss_weight
+        whole = [encode_conversation(self.tokenizer, json.loads(row["messages"]), weight) for row in rows]
+        too_long = [index for index, row in enumerate(whole) if len(row) > max_length]
+        return [Group([], (row,)) for row in whole if len(row) <= max_length], too_long
 
-    def weight(self, example: Encoded) -> float:
-        return sum(example.weights[1:])
+    def weight(self, group: Group) -> float:
+        return sum(group.responses[0].weights[1:])
 
-    def sums(self, model: nn.Module, examples: Sequence[Encoded]) -> tuple[Tensor, Sums]:
-        ids, weights = self._ids(examples), self._weights(examples)
-        loss = losses.supervised(model(input_ids=ids, use_cache=False).logits, ids, weights)
-        return loss, {"loss": loss.detach(), "loss_weight": weights[:, 1:].sum()}
+    def sums(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Sums]:
+        loss = -(outputs.double() * batch.weights).sum()
+        return loss, {"loss": loss.detach(), "loss_weight": batch.weights.sum()}
 
 
 class _Pairs(Objective):
-    """Rows: `question`, `chosen`, `rejected`."""
+    """Rows: `messages` (JSON) or `question`, `chosen`, `rejected`, optionally `gap`. Rows of one prompt are a group."""
 
     settings: LoopConfig
 
-    def example(self, row: Row) -> Pair:
-        prompt = json.loads(row["messages"]) if row.get("messages") else [{"role": "user", "content": row["question"]}]
-        chosen = encode(self.tokenizer, prompt, row["chosen"])
-        rejected = encode(self.tokenizer, prompt, row["rejected"])
-        return Pair(chosen, rejected)
+    def groups(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+        speeches: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            prompt = row.get("messages") or json.dumps([{"role": "user", "content": row["question"]}])
+            speeches.setdefault(prompt, []).append(index)
+        kept: Groups = []
+        too_long: list[int] = []
+        for prompt, members in speeches.items():
+            group = self._group(json.loads(prompt), [rows[index] for index in members])
+            fits = [
+                all(len(group.prompt) + len(group.responses[side]) <= max_length for side in pair)
+                for pair in group.pairs
+            ]
+            too_long += [index for index, good in zip(members, fits, strict=True) if not good]
+            if any(fits):
+                kept.append(group if all(fits) else only(group, [n for n, good in enumerate(fits) if good]))
+        return kept, sorted(too_long)
 
-    def weight(self, example: Pair) -> float:
-        return 1.0
+    def _group(self, prompt: list[dict[str, str]], rows: Sequence[Row]) -> Group:
+        place: dict[str, int] = {}
+        for row in rows:
+            for side in ("chosen", "rejected"):
+                place.setdefault(row[side], len(place))
+        pairs = [(place[row["chosen"]], place[row["rejected"]]) for row in rows]
+        return encode_group(self.tokenizer, prompt, list(place), pairs, [row.get("gap") or 0.0 for row in rows])
 
-    def _both(self, examples: Sequence[Pair]) -> list[Encoded]:
-        return [pair.chosen for pair in examples] + [pair.rejected for pair in examples]
+    def weight(self, group: Group) -> float:
+        return float(len(group.pairs))
 
 
 class Reward(_Pairs):
     """Bradley-Terry reward model: one logit at the last token of the conversation."""
 
-    def load(self, path: str, dtype: torch.dtype) -> nn.Module:
+    settings: RewardConfig
+
+    def load(self, path: str, dtype: torch.dtype) -> Any:
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
         model.config.pad_token_id = self._padding()
         return model
 
+    def wrap(self, model: Any) -> nn.Module:
+        return RewardModel(model)
+
     def _padding(self) -> int:
-        """A pad token that no conversation ends with: the model reads its logit at the last token that is not padding,
+        """A pad token that no conversation ends with: others read the logit at the last token that is not padding,
         and where padding is the end-of-turn token, that would be the token before it."""
         end = encode(self.tokenizer, [{"role": "user", "content": "a"}], "b").ids[-1]
         if self.tokenizer.pad_token_id == end:
@@ -107,48 +134,68 @@ class Reward(_Pairs):
             self.tokenizer.pad_token = next(token for token in others if token and token != ends)
         return self.tokenizer.pad_token_id
 
-    def sums(self, model: nn.Module, examples: Sequence[Pair]) -> tuple[Tensor, Sums]:
-        ids = self._ids(self._both(examples))
-        chosen, rejected = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float().chunk(2)
-        loss = losses.bradley_terry(chosen, rejected)
+    def sums(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Sums]:
+        chosen, rejected = outputs[batch.pairs[:, 0]], outputs[batch.pairs[:, 1]]
+        loss = losses.bradley_terry(chosen, rejected, self.settings.margin_per_gap * batch.gaps)
+        if self.settings.centring:
+            loss = loss + self.settings.centring * losses.centring(chosen, rejected)
         correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-        return loss, {
-            "loss": loss.detach(),
+        return loss.sum(), {
+            "loss": loss.sum().detach(),
             "accuracy": correct.sum().detach(),
             "margin": (chosen - rejected).sum().detach(),
         }
 
 
-class DPO(_Pairs):
-    """Direct preference optimisation against the log-probabilities of the model that training starts from."""
+class Preference(_Pairs):
+    """DPO and its relatives, against the log-probabilities of the model that training starts from."""
 
-    needs_reference = True
     settings: PreferenceConfig
 
-    def sums(self, model: nn.Module, examples: Sequence[Pair]) -> tuple[Tensor, Sums]:
-        chosen, rejected = self.logprobs(model, examples)
-        reference = torch.tensor([pair.reference for pair in examples], device=self.device)
-        loss, reward_chosen, reward_rejected = losses.dpo(
-            chosen, rejected, reference[:, 0], reference[:, 1], self.settings.beta
+    def __init__(self, settings: LoopConfig, tokenizer: Any) -> None:
+        super().__init__(settings, tokenizer)
+        self.needs_reference = self.settings.loss not in losses.WITHOUT_REFERENCE
+
+    def groups(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+        kept, too_long = super().groups(rows, max_length)
+        if self.settings.ld_alpha < 1:
+            kept = [part for group in kept for part in desensitise(group, self.settings.ld_alpha)]
+        return kept, too_long
+
+    def logprobs(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Summed log-probabilities of each response, [R], fp64."""
+        return losses.sequence_sums(outputs * batch.weights, batch.response, len(batch.lengths))
+
+    def sums(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Sums]:
+        policy = self.logprobs(outputs, batch)
+        one, other = batch.pairs.unbind(1)
+        reference = batch.references if self.needs_reference else None
+        pairs = losses.PairLogprobs(
+            policy[one],
+            policy[other],
+            None if reference is None else reference[one],
+            None if reference is None else reference[other],
+            batch.lengths[one],
+            batch.lengths[other],
         )
-        if self.settings.nll_weight:
-            lengths = torch.tensor([sum(pair.chosen.weights) for pair in examples], device=self.device)
-            loss = loss - self.settings.nll_weight * (chosen / lengths).sum()
-        return loss, {
-            "loss": loss.detach(),
-            "accuracy": (reward_chosen > reward_rejected).float().sum(),
-            "margin": (reward_chosen - reward_rejected).sum(),
-            "reward_chosen": reward_chosen.sum(),
-            "reward_rejected": reward_rejected.sum(),
+        loss = losses.preference(pairs, self.settings).sum()
+        statistics = self._statistics(pairs) | {"loss": loss}
+        return loss, {name: value.detach() for name, value in statistics.items()}
+
+    def _statistics(self, pairs: losses.PairLogprobs) -> Sums:
+        """Sums over pairs; the chosen text's log-probability falling is a failure that the margin does not show."""
+        chosen, rejected = (pairs.chosen, pairs.rejected) if pairs.reference_chosen is None else pairs.ratios()
+        beta = self.settings.beta
+        return {
+            "accuracy": (chosen > rejected).double().sum(),
+            "margin": beta * (chosen - rejected).sum(),
+            "reward_chosen": beta * chosen.sum(),
+            "reward_rejected": beta * rejected.sum(),
+            "logp_chosen": pairs.chosen.sum(),
+            "logp_rejected": pairs.rejected.sum(),
+            "tokens_chosen": pairs.chosen_tokens.sum(),
+            "tokens_rejected": pairs.rejected_tokens.sum(),
         }
 
-    def logprobs(self, model: nn.Module, examples: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Summed response log-probabilities of chosen and rejected, [P] each."""
-        rows = self._both(examples)
-        ids = self._ids(rows)
-        logits = model(input_ids=ids, use_cache=False).logits
-        chosen, rejected = losses.sequence_logprobs(logits, ids, self._weights(rows)).chunk(2)
-        return chosen, rejected
 
-
-OBJECTIVES: dict[str, type[Objective]] = {"sft": SFT, "reward": Reward, "dpo": DPO}
+OBJECTIVES: dict[str, type[Objective]] = {"sft": SFT, "reward": Reward, "dpo": Preference}

@@ -149,13 +149,13 @@ def online_worker(config: dict[str, Any]) -> None:
         dist.broadcast_object_list(outcome, src=0)
         if outcome[0]:
             raise StageFailed(outcome[0])
-        examples, _ = trainer.examples(read_rows(str(work / f"round-{number}")))
+        groups, _ = trainer.groups(read_rows(str(work / f"round-{number}")))
 
         def on_step(rows: int, tokens: int, statistics: dict[str, float], round_: int = number) -> None:
             if rollout.reporter and trainer.rank == 0:
                 rollout.reporter.add(rows, tokens, f"round {round_ + 1} loss {statistics['loss']:.3f}")
 
-        history += [row | {"round": number} for row in trainer.fit(examples, config["seed"] + number, on_step)]
+        history += [row | {"round": number} for row in trainer.fit(groups, config["seed"] + number, on_step)]
         policy = str(work / f"policy-{number}")
         trainer.save(policy)
     if trainer.rank == 0:

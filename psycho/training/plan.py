@@ -1,68 +1,109 @@
-"""Which examples a rank trains on, and when: the same number of micro-steps on every rank.
+"""Which groups a rank trains on, and when: the same number of micro-steps on every rank.
 
 Ranks that run unequal micro-steps hang in the first collective under ZeRO. So all ranks compute the same plan from the
-same seed: batches of similar length (little padding), dealt out evenly; where a batch does not divide, a rank gets an
-empty micro-step, which it fills with an example of weight zero.
+same seed. First the steps are cut from the shuffled groups by their number of pairs, whatever the number of ranks;
+then a step's groups are packed into the fewest bins under the token budget that every rank gets equally many of, the
+largest group first, each into the emptiest bin. Bins of one step are of nearly one size, so ranks wait little for each
+other, and a bin smaller than the budget costs nothing.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+import heapq
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-_WINDOW = 8  # batches whose examples are sorted by length together
+import numpy as np
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: the micro-batches of one rank, and all examples of the step over all ranks."""
+    """One optimizer step: bins of group positions, micro-step by micro-step; rank r takes `bins[r::workers]`."""
 
-    micro_batches: tuple[tuple[int, ...], ...]
-    everything: tuple[int, ...]
+    bins: tuple[tuple[int, ...], ...]
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """All groups of the step over all ranks."""
+        return tuple(index for each in self.bins for index in each)
 
-def micro_steps(batch_size: int, workers: int, micro_batch_size: int | None) -> int:
-    """Micro-batches that a worker handles in one optimizer step."""
-    share = -(-batch_size // workers)
-    return -(-share // (micro_batch_size or share))
+    def of(self, rank: int, workers: int) -> tuple[tuple[int, ...], ...]:
+        """The bins of one rank; where there are too few groups a bin is empty."""
+        return self.bins[rank::workers]
 
 
 def plan_epoch(
-    lengths: Sequence[int],
+    tokens: Sequence[int] | np.ndarray,
+    counts: Sequence[int] | np.ndarray,
     batch_size: int,
     workers: int,
-    rank: int,
-    micro_batch_size: int | None,
+    budget: int,
     seed: int,
     shuffle: bool = True,
-) -> list[Step]:
-    """The steps of one epoch for one rank; every example appears once over all ranks."""
-    rng = random.Random(seed)
-    order = list(range(len(lengths)))
+) -> Iterator[Step]:
+    """The steps of one epoch; every group appears in exactly one bin.
+
+    Args:
+        tokens: of each group, at most `budget`.
+        counts: pairs (or texts) of each group.
+        batch_size: a step ends with the group that brings its count nearest to this.
+        budget: tokens of a bin.
+
+    Raises:
+        ValueError: a group is over the budget; it has to be split before (`groups.split`).
+    """
+    sizes = np.asarray(tokens, dtype=np.int64)
+    if len(sizes) and sizes.max() > budget:
+        raise ValueError(f"a group of {sizes.max()} tokens is over the budget of {budget}")
+    order = np.arange(len(sizes), dtype=np.int64)
     if shuffle:
-        rng.shuffle(order)
-    batches: list[list[int]] = []
-    for start in range(0, len(order), batch_size * _WINDOW):
-        window = sorted(order[start : start + batch_size * _WINDOW], key=lambda index: lengths[index])
-        cut = [window[first : first + batch_size] for first in range(0, len(window), batch_size)]
-        rng.shuffle(cut)
-        batches += cut
-    count = micro_steps(batch_size, workers, micro_batch_size)
-    size = micro_batch_size or -(-batch_size // workers)
-    return [_step(batch, workers, rank, count, size) for batch in batches]
+        np.random.default_rng(seed).shuffle(order)
+    for begin, end in _cuts(np.asarray(counts, dtype=np.int64)[order], batch_size):
+        members = order[begin:end]
+        yield Step(_pack(members.tolist(), sizes[members].tolist(), workers, budget))
 
 
-def _step(batch: list[int], workers: int, rank: int, count: int, size: int) -> Step:
-    mine = batch[rank::workers]
-    micro = tuple(tuple(mine[first * size : (first + 1) * size]) for first in range(count))
-    return Step(micro, tuple(batch))
+def _cuts(counts: np.ndarray, batch_size: int) -> list[tuple[int, int]]:
+    """Spans of groups whose counts sum to about `batch_size`; over an epoch the error does not add up."""
+    if not len(counts):
+        return []
+    total = np.cumsum(counts)
+    steps = max(1, round(int(total[-1]) / batch_size))
+    aims = np.arange(1, steps) * (total[-1] / steps)
+    after = np.searchsorted(total, aims)
+    before = np.where(after > 0, total[after - 1], 0)
+    ends = np.where(aims - before < total[after] - aims, after, after + 1)
+    bounds = [0, *np.unique(np.clip(ends, 1, len(counts) - 1)).tolist(), len(counts)] if len(counts) > 1 else [0, 1]
+    return [(a, b) for a, b in pairwise(bounds) if b > a]
+
+
+def _pack(members: list[int], sizes: list[int], workers: int, budget: int) -> tuple[tuple[int, ...], ...]:
+    order = sorted(range(len(members)), key=sizes.__getitem__, reverse=True)
+    turns = max(1, math.ceil(sum(sizes) / (budget * workers)))
+    while (bins := _fill(order, sizes, turns * workers, budget)) is None:
+        turns += 1
+    # The fullest together: what the ranks do at the same time takes equally long.
+    bins.sort(key=lambda each: sum(sizes[index] for index in each), reverse=True)
+    return tuple(tuple(members[index] for index in each) for each in bins)
+
+
+def _fill(order: list[int], sizes: list[int], count: int, budget: int) -> list[list[int]] | None:
+    """Each group into the emptiest bin; None where it does not fit there, so fits nowhere."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    for index in order:
+        load, number = heap[0]
+        if load + sizes[index] > budget:
+            return None
+        bins[number].append(index)
+        heapq.heapreplace(heap, (load + sizes[index], number))
+    return bins
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_share: float, schedule: str) -> float:
     """Linear warm-up, then the schedule, to zero at the end (constant: stays). `step` counts from 0."""
-    import math
-
     warmup = int(steps * warmup_share)
     if step < warmup:
         return peak * (step + 1) / warmup

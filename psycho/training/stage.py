@@ -12,9 +12,10 @@ import pyarrow as pa
 from psycho import storage
 from psycho.config import Config, LoopConfig
 from psycho.errors import BadInput
+from psycho.inference.models import fingerprint
 from psycho.inference.requests import prompt
 from psycho.job import Job
-from psycho.run import StageResult
+from psycho.run import StageResult, content_key
 from psycho.training.launch import TrainJob, read_history, train
 
 Row = Mapping[str, Any]
@@ -28,8 +29,9 @@ def preference_rows(config: Config, pairs: pa.Table) -> list[dict[str, Any]]:
             "messages": json.dumps(prompt(row, config.generation.system_prompt), ensure_ascii=False),
             "chosen": row["chosen"],
             "rejected": row["rejected"],
+            "gap": row["gap"],
         }
-        for row in pairs.select(["ID", "prefID", "question", "chosen", "rejected", "history"]).to_pylist()
+        for row in pairs.select(["ID", "prefID", "question", "chosen", "rejected", "history", "gap"]).to_pylist()
     ]
 
 
@@ -50,7 +52,8 @@ def train_stage(
     data, output = storage.join(partial, "data", name), storage.join(partial, "models", name)
     storage.remove(output)
     storage.write_table(pa.Table.from_pylist(list(rows)), data)
-    work = TrainJob(kind, start, data, output, settings, job.config.seed)
+    references = job.run.path("references", content_key(fingerprint(start), job.config.training.precision))
+    work = TrainJob(kind, start, data, output, settings, job.config.seed, references=references)
     with job.progress.stage(f"train_{name}", len(rows) * settings.epochs, "examples") as reporter:
         train([work], job.config.training, reporter, storage.join(partial, "ray"))
     storage.remove(data)

@@ -56,9 +56,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     run_dir = tmp_path_factory.mktemp("runs") / "small"
     log = run_dir.parent / "log.txt"
     manifest = run_dir / "manifests" / "generate.json"
+    relative = Path(os.path.relpath(run_dir, ROOT))  # as the default run folder is
     with log.open("w") as file:
         process = subprocess.Popen(
-            _command(run_dir),
+            _command(relative),
             cwd=ROOT,
             env=environment,
             stderr=file,
@@ -73,7 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     before = manifest.read_text()
     with log.open("a") as file:
         again = subprocess.run(
-            _command(run_dir), cwd=ROOT, env=environment, stderr=file, stdout=file, timeout=1200, check=False
+            _command(relative), cwd=ROOT, env=environment, stderr=file, stdout=file, timeout=1200, check=False
         )
     assert again.returncode == 0, log.read_text()[-3000:]
     assert manifest.read_text() == before, "a finished stage ran again"

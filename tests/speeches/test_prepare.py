@@ -146,7 +146,7 @@ def test_what_an_interrupted_run_left_is_not_mixed_in(tmp_path, monkeypatch):
     real = storage.write_table
 
     def stop(table: Any, uri: str, name: str) -> None:
-        if name == "part-00003":
+        if name == "part-00003.parquet":
             raise KeyboardInterrupt
         real(table, uri, name)
 

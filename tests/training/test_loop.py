@@ -16,10 +16,11 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from psycho import storage
-from psycho.config import DPOConfig, LoopConfig, RewardConfig, SFTConfig, TrainingConfig
+from psycho.config import DPOConfig, LoopConfig, LoRAConfig, RewardConfig, SFTConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
 from psycho.training.launch import TrainJob, read_history, read_rows, train
 from psycho.training.loop import Trainer, setup_worker, write_history
+from psycho.training.packing import padded
 
 SPEECHES = (
     "My partner left and I feel lost.",
@@ -29,7 +30,7 @@ SPEECHES = (
 )
 GOOD = ("That sounds painful. What do you miss?", "You carry a lot. What would help you?", "You noticed it.")
 BAD = ("Cheer up.", "Just find another job and stop it, it is not that hard to do.")
-ROWS = 11  # neither 8 nor 4 nor 2 divides it
+ROWS = 21  # neither 8 nor 4 nor 2 divides it
 BASE = TrainingConfig(
     workers=1,
     cpus_per_worker=0.5,
@@ -39,6 +40,7 @@ BASE = TrainingConfig(
     zero_stage=0,
     threads_per_worker=1,
     max_length=128,
+    bin_tokens=1024,
     start_timeout_s=300,
     collective_timeout_s=120,
 )
@@ -75,14 +77,19 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _fit(
     kind: str, model: str, folder: Path, training: TrainingConfig = BASE, **changes: Any
 ) -> list[dict[str, float]]:
-    """Train in this process and save; the history."""
+    """Train in this process and save; the history without what depends on the machine."""
     trainer = Trainer(kind, model, SETTINGS[kind].model_copy(update=changes), training, seed=0)
-    examples, too_long = trainer.examples(_rows(kind))
+    groups, too_long = trainer.groups(_rows(kind))
     assert not too_long
-    history = trainer.fit(examples, seed=0)
+    history = trainer.fit(groups, seed=0)
     trainer.save(str(folder))
     trainer.close()
-    return history
+    return [_steady(row) for row in history]
+
+
+def _steady(row: dict[str, float]) -> dict[str, float]:
+    """Without speed, and without the norm, which DeepSpeed does not keep at every stage."""
+    return {name: value for name, value in row.items() if name not in ("tokens_per_s", "grad_norm")}
 
 
 def _weights(folder: Path | str) -> Weights:
@@ -114,23 +121,31 @@ def whole(one_rank: None, tiny_llama: Callable[..., str], tmp_path_factory: pyte
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-@pytest.mark.parametrize("micro", [1, 3])
-def test_one_batch_of_8_is_8_of_1(
-    kind: str, micro: int, whole: dict[str, Any], tiny_llama: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize("how", [{"bin_tokens": 100}, {"bin_tokens": 200}, {"packing": False}])
+def test_one_bin_is_many_and_packed_is_padded(
+    kind: str, how: dict[str, Any], whole: dict[str, Any], tiny_llama: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Also in the last batch of an epoch, which is short, and over texts of unequal length."""
-    history = _fit(kind, tiny_llama(0), tmp_path / "out", micro_batch_size=micro)
+    """Also where a speech's pairs do not fit one bin, and over texts of unequal length."""
+    history = _fit(kind, tiny_llama(0), tmp_path / "out", BASE.model_copy(update=how))
     folder, expected = whole[kind]
     assert _distance(_weights(tiny_llama(0)), _weights(folder)) > 5e-4
-    _assert_same(_weights(tmp_path / "out"), _weights(folder), 1e-5)
-    for ours, theirs in zip(history, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
+    if how != {"bin_tokens": 100} or kind == "sft":  # a split group may fall into two steps
+        # As a whole: Adam divides by the gradient's size, and where that is nothing but rounding, so is the step.
+        ours, theirs, before = (_weights(f) for f in (tmp_path / "out", folder, tiny_llama(0)))
+        same = [name for name in before if name in theirs]
+        off = sum((ours[n] - theirs[n]).pow(2).sum() for n in same) / sum(
+            (theirs[n] - before[n]).pow(2).sum() for n in same
+        )
+        assert off < 1e-4
+        assert history[0] == pytest.approx(expected[0], abs=1e-5)
+        for mine, other in zip(history, expected, strict=True):
+            assert mine == pytest.approx(other, abs=2e-3)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_statistics_say_what_happened(kind: str, whole: dict[str, Any]) -> None:
     _, history = whole[kind]
-    assert [row["step"] for row in history] == [0, 1, 2, 3]
+    assert [row["step"] for row in history] == list(range(len(history)))
     assert [row["lr"] for row in history] == sorted((row["lr"] for row in history), reverse=True)
     if kind == "dpo":
         assert history[0]["margin"] == pytest.approx(0, abs=1e-4)
@@ -146,7 +161,7 @@ def test_the_loss_falls(kind: str, one_rank: None, tiny_llama: Callable[..., str
 
 
 def test_tokens_of_an_epoch_are_those_of_its_examples(whole: dict[str, Any], nano_tokenizer: Any) -> None:
-    from psycho.training.examples import encode_conversation
+    from psycho.training.groups import encode_conversation
 
     count = sum(len(encode_conversation(nano_tokenizer, json.loads(row["messages"])).ids) for row in _rows("sft"))
     assert sum(row["tokens"] for row in whole["sft"][1]) == 2 * count
@@ -157,7 +172,7 @@ def test_tokens_of_an_epoch_are_those_of_its_examples(whole: dict[str, Any], nan
 def test_zero_stages_agree(
     stage: int, kind: str, whole: dict[str, Any], tiny_llama: Callable[..., str], tmp_path: Path
 ) -> None:
-    _fit(kind, tiny_llama(0), tmp_path / "out", BASE.model_copy(update={"zero_stage": stage}), micro_batch_size=2)
+    _fit(kind, tiny_llama(0), tmp_path / "out", BASE.model_copy(update={"zero_stage": stage, "bin_tokens": 200}))
     _assert_same(_weights(tmp_path / "out"), _weights(whole[kind][0]), 1e-5)
 
 
@@ -165,15 +180,16 @@ def test_an_sft_step_is_the_mean_over_its_weights(
     one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
 ) -> None:
     """The loss of a batch is not a mean of the means of its micro-batches."""
-    trainer = Trainer("sft", tiny_llama(0), SETTINGS["sft"].model_copy(update={"micro_batch_size": 3}), BASE, seed=0)
-    examples, _ = trainer.examples(_rows("sft", 8))
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama(0))
+    trainer = Trainer("sft", tiny_llama(0), SETTINGS["sft"], BASE.model_copy(update={"bin_tokens": 100}), seed=0)
+    groups, _ = trainer.groups(_rows("sft", 8))
+    module = trainer.objective.wrap(AutoModelForCausalLM.from_pretrained(tiny_llama(0)))
     total, weights = 0.0, 0.0
     with torch.no_grad():
-        for example in examples:
-            loss, parts = trainer.objective.sums(model, [example])
+        for group in groups:
+            batch = padded([group], 0)
+            loss, parts = trainer.objective.sums(module(batch), batch)
             total, weights = total + loss.item(), weights + parts["loss_weight"].item()
-    first = trainer.fit(examples, seed=0)[0]
+    first = trainer.fit(groups, seed=0)[0]
     trainer.close()
     assert first["loss"] == pytest.approx(total / weights, rel=1e-5)
 
@@ -183,21 +199,20 @@ def test_the_gradient_is_that_of_the_mean(
     kind: str, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
 ) -> None:
     """Of a short batch too: divided by what is in it, not by what would fit. Adam alone would hide a wrong scale."""
-    settings = SETTINGS[kind].model_copy(
-        update={"micro_batch_size": 2, "epochs": 1, "max_grad_norm": 1e9, "warmup_share": 0.0}
-    )
-    training = BASE.model_copy(update={"zero_stage": 2})  # stage 0 keeps no norm in single precision
+    settings = SETTINGS[kind].model_copy(update={"epochs": 1, "max_grad_norm": 1e9, "warmup_share": 0.0})
+    # Stage 0 keeps no norm in single precision.
+    training = BASE.model_copy(update={"zero_stage": 2, "bin_tokens": 100})
     trainer = Trainer(kind, tiny_llama(0), settings, training, seed=0)
-    examples, _ = trainer.examples(_rows(kind, 5))
-    trainer.fit(examples, seed=0)
-    found = float(trainer.engine.get_global_grad_norm())
+    groups, _ = trainer.groups(_rows(kind, 5))
+    found = trainer.fit(groups, seed=0)[0]["grad_norm"]
     model = AutoModelForCausalLM.from_pretrained(tiny_llama(0))
+    module = trainer.objective.wrap(model)
+    batch = padded(groups, 0)
     if kind == "dpo":
         with torch.no_grad():
-            known = [side.tolist() for side in trainer.objective.logprobs(model, examples)]
-        examples = [replace(e, reference=both) for e, both in zip(examples, zip(*known, strict=True), strict=True)]
-    loss, _ = trainer.objective.sums(model, examples)
-    (loss / sum(trainer.objective.weight(example) for example in examples)).backward()
+            batch = replace(batch, references=trainer.objective.logprobs(module(batch), batch))
+    loss, _ = trainer.objective.sums(module(batch), batch)
+    (loss / sum(trainer.objective.weight(group) for group in groups)).backward()
     expected = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
     trainer.close()
     assert found == pytest.approx(expected.item(), rel=1e-4)
@@ -209,13 +224,13 @@ def test_what_is_saved_is_what_was_trained(
 ) -> None:
     """transformers and a fresh Trainer read the folder back to the same logits, tied weights included."""
     trainer = Trainer(kind, tiny_llama(0), SETTINGS[kind], BASE, seed=0)
-    examples, _ = trainer.examples(_rows(kind))
-    trainer.fit(examples, seed=0)
+    groups, _ = trainer.groups(_rows(kind))
+    trainer.fit(groups, seed=0)
     trainer.save(str(tmp_path / "out"))
     ids = trainer.tokenizer(SPEECHES[1], return_tensors="pt").input_ids
     trainer.engine.eval()
     with torch.no_grad():
-        expected = trainer.engine(input_ids=ids).logits
+        expected = trainer.engine.module.model(input_ids=ids).logits
     trainer.close()
     auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     loaded = auto.from_pretrained(tmp_path / "out").eval()
@@ -223,7 +238,7 @@ def test_what_is_saved_is_what_was_trained(
     again.engine.eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(again.engine(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(again.engine.module.model(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
     assert again.tokenizer.chat_template == trainer.tokenizer.chat_template
     again.close()
 
@@ -232,8 +247,8 @@ def test_the_reference_is_the_model_a_round_starts_from(one_rank: None, tiny_lla
     """Online DPO fits again and again: each time the first loss is ln 2 anew, whatever was trained before."""
     settings = SETTINGS["dpo"].model_copy(update={"epochs": 1, "nll_weight": 0.0})
     trainer = Trainer("dpo", tiny_llama(0), settings, BASE, seed=0)
-    examples, _ = trainer.examples(_rows("dpo"))
-    first, second = trainer.fit(examples, seed=0), trainer.fit(examples, seed=1)
+    groups, _ = trainer.groups(_rows("dpo"))
+    first, second = trainer.fit(groups, seed=0), trainer.fit(groups, seed=1)
     trainer.close()
     for history in (first, second):
         assert history[0]["loss"] == pytest.approx(0.6931472, abs=1e-4)
@@ -244,11 +259,84 @@ def test_the_seed_makes_the_training(one_rank: None, tiny_llama: Callable[..., s
     """The reward head is drawn by seed: the same seed gives the same model to the last bit, another another."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         trainer = Trainer("reward", tiny_llama(0), SETTINGS["reward"], BASE, seed)
-        trainer.fit(trainer.examples(_rows("reward"))[0], seed)
+        trainer.fit(trainer.groups(_rows("reward"))[0], seed)
         trainer.save(str(tmp_path / name))
         trainer.close()
     _assert_same(_weights(tmp_path / "a"), _weights(tmp_path / "b"), 0.0)
     assert _distance(_weights(tmp_path / "a"), _weights(tmp_path / "c")) > 1e-3
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_resumed_is_uninterrupted(stage: int, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """Killed after any step, the same call goes on from the last checkpoint to the same model and statistics."""
+    training = BASE.model_copy(update={"zero_stage": stage, "checkpoint_every_steps": 2})
+    where, kept = str(tmp_path / "checkpoints"), {}
+
+    class Killed(Exception):
+        pass
+
+    def kill(rows: int, tokens: int, statistics: dict[str, float]) -> None:
+        if statistics["step"] == 2:
+            raise Killed
+
+    for name, on_steps in (("through", [None]), ("resumed", [kill, None])):
+        for on_step in on_steps:
+            trainer = Trainer("dpo", tiny_llama(0), SETTINGS["dpo"], training, seed=0)
+            groups, _ = trainer.groups(_rows("dpo"))
+            try:
+                history = trainer.fit(groups, 0, on_step, checkpoints=where if name == "resumed" else None)
+            except Killed:
+                trainer.close()
+        trainer.save(str(tmp_path / name))
+        trainer.close()
+        kept[name] = [_steady(row) for row in history]
+    assert len(kept["through"]) > 4
+    for one, other in zip(kept["through"], kept["resumed"], strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    _assert_same(_weights(tmp_path / "through"), _weights(tmp_path / "resumed"), 1e-6)
+
+
+def test_a_checkpoint_of_other_data_is_not_gone_on_from(
+    one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    training = BASE.model_copy(update={"checkpoint_every_steps": 2})
+    steps = []
+    for rows in (_rows("sft"), _rows("sft")[::-1], _rows("sft")[::-1]):
+        trainer = Trainer("sft", tiny_llama(0), SETTINGS["sft"], training, seed=0)
+        seen: list[float] = []
+        trainer.fit(
+            trainer.groups(rows)[0], 0, lambda r, t, s, to=seen: to.append(s["step"]), checkpoints=str(tmp_path)
+        )
+        trainer.close()
+        steps.append(len(seen))
+    assert steps[0] == steps[1] > steps[2]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_lora_trains_little_and_saves_a_plain_model(
+    kind: str, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
+    """The first DPO loss is ln 2 without a copy of the base; what is saved loads without peft and answers alike."""
+    training = BASE.model_copy(update={"lora": LoRAConfig(r=4, alpha=8), "zero_stage": 2})
+    settings = SETTINGS[kind].model_copy(update={"lr": 5e-3, **({"nll_weight": 0.0} if kind == "dpo" else {})})
+    trainer = Trainer(kind, tiny_llama(0), settings, training, seed=0)
+    groups, _ = trainer.groups(_rows(kind))
+    history = trainer.fit(groups, seed=0)
+    batch = padded(groups, 0)
+    trainer.engine.eval()
+    with torch.no_grad():
+        expected = trainer.engine(batch)
+    trainer.save(str(tmp_path / "out"))
+    trainer.close()
+    if kind == "dpo":
+        assert history[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert history[-1]["loss"] < history[0]["loss"]
+    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "out")
+    names = _weights(tmp_path / "out").keys()
+    assert not [name for name in names if "lora" in name or "base_layer" in name]
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.objective.wrap(loaded)(batch), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_over_the_maximal_length_are_named(one_rank: None, tiny_llama: Callable[..., str]) -> None:
@@ -257,10 +345,10 @@ def test_rows_over_the_maximal_length_are_named(one_rank: None, tiny_llama: Call
     rows = _rows("dpo", 4)
     rows[1] = rows[1] | {"rejected": "I see. " * 30}
     rows[3] = rows[3] | {"chosen": "I see. " * 30}
-    kept, too_long = trainer.examples(rows)
+    kept, too_long = trainer.groups(rows)
     trainer.close()
     assert too_long == [1, 3]
-    assert len(kept) == 2
+    assert sum(group.count for group in kept) == 2
 
 
 def test_write_history_reads_back(tmp_path: Path) -> None:
@@ -273,15 +361,15 @@ def test_write_history_reads_back(tmp_path: Path) -> None:
 LONG_TALK = [{"role": "user", "content": "I feel lost. " * 60}, {"role": "assistant", "content": "Oh."}]
 
 
-def _two_jobs(root: Path, model: str, batch: int = 4, micro: int | None = 1) -> list[TrainJob]:
-    """SFT and then DPO from its result; 2 workers, batches of 4 in micro-batches of 1, the last batch holds 3."""
+def _two_jobs(root: Path, model: str, batch: int = 4) -> list[TrainJob]:
+    """SFT and then DPO from its result, in three steps of about 4."""
     rows = _rows("sft")
     rows.insert(5, {"id": "long", "messages": json.dumps(LONG_TALK)})
     storage.write_table(pa.Table.from_pylist(rows), str(root / "data" / "sft"))
     storage.write_table(pa.Table.from_pylist(_rows("dpo")), str(root / "data" / "dpo"))
     jobs, start = [], model
     for kind in ("sft", "dpo"):
-        settings = SETTINGS[kind].model_copy(update={"batch_size": batch, "micro_batch_size": micro, "epochs": 1})
+        settings = SETTINGS[kind].model_copy(update={"batch_size": batch, "epochs": 1})
         jobs.append(TrainJob(kind, start, str(root / "data" / kind), str(root / kind), settings, seed=0, name=kind))
         start = str(root / kind)
     return jobs
@@ -291,8 +379,8 @@ def _here(jobs: list[TrainJob]) -> None:
     """The same jobs by the rank in this process."""
     for job in jobs:
         trainer = Trainer(job.kind, job.model, job.settings, BASE, job.seed)
-        examples, _ = trainer.examples(read_rows(job.data))
-        history = trainer.fit(examples, job.seed)
+        groups, _ = trainer.groups(read_rows(job.data))
+        history = trainer.fit(groups, job.seed)
         trainer.save(job.output)
         write_history(job.output, history)
         trainer.close()
@@ -300,8 +388,13 @@ def _here(jobs: list[TrainJob]) -> None:
 
 def _check_two_workers(stage: int, model: str, tmp_path: Path) -> None:
     jobs = _two_jobs(tmp_path / "two", model)
-    train(jobs, BASE.model_copy(update={"workers": 2, "zero_stage": stage}), None, str(tmp_path / "two" / "ray"))
-    expected = _two_jobs(tmp_path / "one", model, micro=None)
+    train(
+        jobs,
+        BASE.model_copy(update={"workers": 2, "zero_stage": stage, "bin_tokens": 128, "max_length": 64}),
+        None,
+        str(tmp_path / "two" / "ray"),
+    )
+    expected = _two_jobs(tmp_path / "one", model)
     _here(expected)
     for ours, theirs in zip(jobs, expected, strict=True):
         _assert_same(_weights(ours.output), _weights(theirs.output), 1e-4)
@@ -313,9 +406,9 @@ def _check_two_workers(stage: int, model: str, tmp_path: Path) -> None:
 
 
 def _assert_histories(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    assert len(ours) == 3
+    assert len(ours) == len(theirs) > 1
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(other, abs=1e-3)
+        assert _steady(mine) == pytest.approx(_steady(other), abs=1e-3)
 
 
 def test_two_workers_are_one(one_rank: None, local_ray: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:

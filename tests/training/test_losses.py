@@ -1,12 +1,12 @@
-"""The losses against their definitions, against transformers, and term by term against TRL's trainers."""
+"""The losses against their definitions, and term by term against TRL's trainers."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from psycho.config import DPOConfig, RewardConfig, SFTConfig
 from psycho.training import losses
-from psycho.training.objectives import DPO, SFT, Reward
+from psycho.training.losses import PairLogprobs
+from psycho.training.objectives import SFT, Preference, Reward
+from psycho.training.packing import Batch, packed, padded
 
 BETA = 0.3
-CPU = torch.device("cpu")
 SPEECHES = (
     "My partner left and I feel lost.",
     "I cannot sleep. Work is too much and my boss shouts.",
@@ -30,6 +31,19 @@ PAIRS = [
     {"messages": json.dumps([{"role": "user", "content": speech}]), "chosen": chosen, "rejected": rejected}
     for speech, chosen, rejected in zip(SPEECHES, CHOSEN, REJECTED, strict=True)
 ]
+# What ours is told, and what TRL is told. TRL 1.16 smooths no labels in its sigmoid loss: that one is by hand below.
+WITH_TRL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dpo": ({}, {}),
+    "ipo": ({"loss": "ipo"}, {"loss_type": ["ipo"]}),
+    "hinge": ({"loss": "hinge"}, {"loss_type": ["hinge"]}),
+    "robust": ({"loss": "robust", "label_smoothing": 0.1}, {"loss_type": ["robust"], "label_smoothing": 0.1}),
+    "dpo_norm": ({"loss": "dpo_norm"}, {"loss_type": ["sigmoid_norm"]}),
+    "length-desensitised": ({"ld_alpha": 0.3}, {"ld_alpha": 0.3}),
+    "forward KL": ({"f_divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
+    "Jensen-Shannon": ({"f_divergence": "js"}, {"f_divergence_type": "js_divergence"}),
+    "alpha": ({"f_divergence": "alpha", "f_alpha": 0.5}, {"f_divergence_type": "alpha_divergence"}),
+    "with NLL": ({"nll_weight": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,47 +56,71 @@ def reference(tiny_llama: Callable[..., str]) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_llama(1)).eval()
 
 
-@pytest.fixture(scope="module")
-def dpo(nano_tokenizer: Any, reference: Any) -> tuple[DPO, list[Any]]:
-    """The objective, and its pairs with the reference's log-probabilities."""
-    from dataclasses import replace
+def _objective(tokenizer: Any, **settings: Any) -> Preference:
+    return Preference(DPOConfig(beta=BETA, **settings), tokenizer)
 
-    objective = DPO(DPOConfig(beta=BETA), nano_tokenizer, CPU)
-    pairs = [objective.example(row) for row in PAIRS]
+
+def _batch(objective: Preference, reference: Any, rows: list[dict[str, str]] = PAIRS) -> Batch:
+    """The rows padded, with the reference's log-probabilities."""
+    groups, _ = objective.groups(rows, 10_000)
+    batch = padded(groups, objective.tokenizer.pad_token_id)
     with torch.no_grad():
-        chosen, rejected = objective.logprobs(reference, pairs)
-    known = zip(chosen.tolist(), rejected.tolist(), strict=True)
-    return objective, [replace(pair, reference=both) for pair, both in zip(pairs, known, strict=True)]
+        return replace(batch, references=objective.logprobs(objective.wrap(reference)(batch), batch))
 
 
-def test_the_first_dpo_loss_is_ln_2(dpo: tuple[DPO, list[Any]], reference: Any) -> None:
-    objective, pairs = dpo
-    loss, parts = objective.sums(reference, pairs)
-    assert loss.item() / len(pairs) == pytest.approx(math.log(2), abs=1e-6)
-    assert parts["margin"].item() == pytest.approx(0, abs=1e-4)
+def _sums(objective: Preference, policy: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return objective.sums(objective.wrap(policy)(batch), batch)
 
 
-def test_dpo_by_hand() -> None:
-    loss, chosen, rejected = losses.dpo(
-        torch.tensor([-1.0, -2.0]),
-        torch.tensor([-3.0, -1.0]),
-        torch.tensor([-2.0, -2.0]),
-        torch.tensor([-2.0, -3.0]),
-        0.5,
-    )
-    assert chosen.tolist() == [0.5, 0.0]
-    assert rejected.tolist() == [-0.5, 1.0]
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1)))
+def test_the_first_dpo_loss_is_ln_2(nano_tokenizer: Any, reference: Any) -> None:
+    objective = _objective(nano_tokenizer)
+    loss, parts = _sums(objective, reference, _batch(objective, reference))
+    assert loss.item() / len(PAIRS) == pytest.approx(math.log(2), abs=1e-12)
+    assert parts["margin"].item() == pytest.approx(0, abs=1e-12)
 
 
-def test_dpo_equals_trl_term_by_term(
-    dpo: tuple[DPO, list[Any]], policy: Any, reference: Any, nano_tokenizer: Any, tmp_path: Path
+BY_HAND = PairLogprobs(*(torch.tensor(v, dtype=torch.float64) for v in ([-4.0], [-9.0], [-5.0], [-8.0], [4.0], [6.0])))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, math.log(1 + math.exp(-0.5 * 2))),
+        ({"label_smoothing": 0.2}, 0.8 * math.log(1 + math.exp(-1)) + 0.2 * math.log(1 + math.exp(1))),
+        ({"loss": "robust", "label_smoothing": 0.2},
+         (0.8 * math.log(1 + math.exp(-1)) - 0.2 * math.log(1 + math.exp(1))) / 0.6),
+        ({"loss": "hinge"}, 0.0),
+        ({"loss": "ipo"}, (1 / 4 + 1 / 6 - 1) ** 2),
+        ({"loss": "dpo_norm"}, math.log(1 + math.exp(-0.5 * (1 / 4 + 1 / 6)))),
+        ({"loss": "simpo", "simpo_gamma": 0.1}, math.log(1 + math.exp(-(0.5 * (-1 + 1.5) - 0.1)))),
+        ({"loss": "orpo"}, 1 + 0.5 * math.log(1 + math.exp(-(
+            math.log(math.exp(-1) / (1 - math.exp(-1))) - math.log(math.exp(-1.5) / (1 - math.exp(-1.5))))))),
+        ({"nll_weight": 0.5}, math.log(1 + math.exp(-1)) + 0.5 * 4 / 4),
+    ],
+)  # fmt: skip
+def test_objectives_by_hand(settings: dict[str, Any], expected: float) -> None:
+    found = losses.preference(BY_HAND, DPOConfig(beta=0.5, **settings))
+    assert found.tolist() == pytest.approx([expected])
+
+
+def test_objectives_without_a_reference_say_so(nano_tokenizer: Any) -> None:
+    for name in losses.LOSSES:
+        assert _objective(nano_tokenizer, loss=name).needs_reference == (name not in ("simpo", "orpo"))
+    blind = replace(BY_HAND, reference_chosen=None)
+    with pytest.raises(ValueError, match="needs reference"):
+        losses.preference(blind, DPOConfig())
+
+
+@pytest.mark.parametrize("name", WITH_TRL)
+def test_preference_equals_trl_term_by_term(
+    name: str, policy: Any, reference: Any, nano_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Ids, reference log-probabilities, loss, implicit rewards and the gradient, pair by pair."""
+    """Loss, implicit rewards and the gradient, pair by pair."""
     import datasets
     from trl import DPOConfig as TRLConfig
     from trl import DPOTrainer
 
+    mine, told = WITH_TRL[name]
     rows = [
         {
             "prompt": json.loads(row["messages"]),
@@ -91,37 +129,37 @@ def test_dpo_equals_trl_term_by_term(
         }
         for row in PAIRS
     ]
-    settings = TRLConfig(str(tmp_path), use_cpu=True, bf16=False, beta=BETA, report_to="none", max_length=None)
+    common: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "max_length": None}
     trainer = DPOTrainer(
         model=policy,
         ref_model=reference,
-        args=settings,
+        args=TRLConfig(str(tmp_path), beta=BETA, **common, **told),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=nano_tokenizer,
     )
-    objective, pairs = dpo
     policy.eval()
-    for index, pair in enumerate(pairs):
+    objective = _objective(nano_tokenizer, **mine)
+    for index in range(len(PAIRS)):
         inputs = trainer.data_collator([trainer.train_dataset[index]])
-        ours_ids = losses.pad([pair.chosen.ids, pair.rejected.ids], nano_tokenizer.pad_token_id, CPU)
-        assert torch.equal(inputs["input_ids"], ours_ids)
-
         trainer._metrics["eval"].clear()
         policy.zero_grad()
         theirs = trainer.compute_loss(policy, inputs)
         theirs.backward()
         their_gradient = policy.model.layers[0].mlp.up_proj.weight.grad.clone()
         policy.zero_grad()
-        ours, parts = objective.sums(policy, [pair])
+        batch = _batch(objective, reference, PAIRS[index : index + 1])
+        ours, parts = _sums(objective, policy, batch)
         ours.backward()
-        metrics = {name: values[0] for name, values in trainer._metrics["eval"].items()}
+        metrics = {key: values[0] for key, values in trainer._metrics["eval"].items()}
 
-        assert ours.item() == pytest.approx(theirs.item(), abs=1e-4)
-        assert parts["reward_chosen"].item() == pytest.approx(metrics["rewards/chosen"], abs=1e-4)
-        assert parts["reward_rejected"].item() == pytest.approx(metrics["rewards/rejected"], abs=1e-4)
-        assert parts["accuracy"].item() == metrics["rewards/accuracies"]
-        assert parts["margin"].item() == pytest.approx(metrics["rewards/margins"], abs=1e-4)
-        torch.testing.assert_close(policy.model.layers[0].mlp.up_proj.weight.grad, their_gradient, atol=1e-4, rtol=1e-3)
+        # TRL sums in single precision, which the exponential of forward KL makes larger.
+        assert ours.item() == pytest.approx(theirs.item(), rel=5e-5 if name == "forward KL" else 1e-5, abs=2e-6)
+        if not mine.get("f_divergence"):
+            assert parts["reward_chosen"].item() == pytest.approx(metrics["rewards/chosen"], abs=1e-5)
+            assert parts["reward_rejected"].item() == pytest.approx(metrics["rewards/rejected"], abs=1e-5)
+            assert parts["accuracy"].item() == metrics["rewards/accuracies"]
+        ours_gradient = policy.model.layers[0].mlp.up_proj.weight.grad
+        torch.testing.assert_close(ours_gradient, their_gradient, atol=1e-5, rtol=1e-4)
     policy.zero_grad()
 
 
@@ -135,13 +173,15 @@ def test_bradley_terry_equals_trl(tiny_llama: Callable[..., str], nano_tokenizer
             "prompt": json.loads(row["messages"]),
             "chosen": [{"role": "assistant", "content": row["chosen"]}],
             "rejected": [{"role": "assistant", "content": row["rejected"]}],
+            "margin": 0.5,
         }
         for row in PAIRS
     ]
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama(2, reward=True)).eval()
+    common: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_dropout": True}
     trainer = RewardTrainer(
         model=model,
-        args=TRLConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_dropout=True),
+        args=TRLConfig(str(tmp_path), center_rewards_coefficient=0.01, **common),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=nano_tokenizer,
     )
@@ -149,99 +189,42 @@ def test_bradley_terry_equals_trl(tiny_llama: Callable[..., str], nano_tokenizer
     inputs = trainer.data_collator([trainer.train_dataset[index] for index in range(len(PAIRS))])
     theirs = trainer.compute_loss(model, inputs)
 
-    objective = Reward(RewardConfig(), nano_tokenizer, CPU)
-    pairs = [objective.example(row) for row in PAIRS]
-    ours, parts = objective.sums(model, pairs)
-    assert ours.item() / len(pairs) == pytest.approx(theirs.item(), abs=1e-5)
-    assert parts["accuracy"].item() / len(pairs) == pytest.approx(trainer._metrics["eval"]["accuracy"][0])
-    assert parts["margin"].item() / len(pairs) == pytest.approx(trainer._metrics["eval"]["margin"][0], abs=1e-5)
+    objective = Reward(RewardConfig(margin_per_gap=0.25, centring=0.01), nano_tokenizer)
+    groups, _ = objective.groups([row | {"gap": 2.0} for row in PAIRS], 10_000)
+    batch = padded(groups, nano_tokenizer.pad_token_id)
+    ours, parts = objective.sums(objective.wrap(model)(batch), batch)
+    assert ours.item() / len(PAIRS) == pytest.approx(theirs.item(), abs=1e-5)
+    assert parts["accuracy"].item() / len(PAIRS) == pytest.approx(trainer._metrics["eval"]["accuracy"][0])
+    assert parts["margin"].item() / len(PAIRS) == pytest.approx(trainer._metrics["eval"]["margin"][0], abs=1e-5)
 
 
 def test_a_tied_reward_counts_half(nano_tokenizer: Any) -> None:
-    objective = Reward(RewardConfig(), nano_tokenizer, CPU)
-    logits = torch.tensor([[1.0], [2.0], [3.0], [1.0], [5.0], [0.0]])  # three chosen, then three rejected
-
-    def model(**_: Any) -> Any:
-        return SimpleNamespace(logits=logits)
-
-    _, parts = objective.sums(model, [objective.example(row) for row in PAIRS])
+    objective = Reward(RewardConfig(), nano_tokenizer)
+    batch = packed(objective.groups(PAIRS, 10_000)[0])
+    _, parts = objective.sums(torch.tensor([1.0, 1.0, 2.0, 5.0, 3.0, 0.0]), batch)
     assert parts["accuracy"].item() == 1.5
     assert parts["margin"].item() == 0.0
 
 
-def test_token_logprobs_equal_transformers_loss(policy: Any, nano_tokenizer: Any) -> None:
-    ids = torch.tensor([nano_tokenizer(SPEECHES[1]).input_ids])
-    output = policy(input_ids=ids, labels=ids)
-    ours = losses.token_logprobs(output.logits, ids)
-    assert ours.shape == (1, ids.shape[1] - 1)
-    assert -ours.mean().item() == pytest.approx(output.loss.item(), abs=1e-6)
-
-
-def test_token_logprobs_are_of_the_next_token() -> None:
-    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[0, 1, 2, 3], [4, 3, 2, 1]])
-    ours = losses.token_logprobs(logits, ids)
-    for row in range(2):
-        for place in range(3):
-            expected = logits[row, place].log_softmax(0)[ids[row, place + 1]]
-            assert ours[row, place].item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_right_padding_changes_nothing(dpo: tuple[DPO, list[Any]], policy: Any) -> None:
-    """All pairs in one padded batch, and each row alone without any padding."""
-    objective, pairs = dpo
-    with torch.no_grad():
-        together = torch.cat(objective.logprobs(policy, pairs))
-        alone = []
-        for row in [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]:
-            ids, weights = torch.tensor([row.ids]), torch.tensor([row.weights])
-            alone.append(losses.sequence_logprobs(policy(input_ids=ids).logits, ids, weights))
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
-
-
-def test_right_padding_does_not_move_the_reward(nano_tokenizer: Any, tiny_llama: Callable[..., str]) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama(2, reward=True)).eval()
-    objective = Reward(RewardConfig(), nano_tokenizer, CPU)
-    pairs = [objective.example(row) for row in PAIRS]
-    with torch.no_grad():
-        together = objective.sums(model, pairs)[1]["margin"]
-        alone = sum(objective.sums(model, [pair])[1]["margin"] for pair in pairs)
-        one = [model(input_ids=torch.tensor([side.ids])).logits.item() for side in (pairs[0].chosen, pairs[0].rejected)]
-    assert together.item() == pytest.approx(alone.item(), abs=1e-5)
-    assert objective.sums(model, pairs[:1])[1]["margin"].item() == pytest.approx(one[0] - one[1], abs=1e-5)
-
-
 def test_weights_are_respected(policy: Any, nano_tokenizer: Any) -> None:
     """The supervised loss is the weighted sum of token losses, each weight on the token it stands on."""
-    ids = torch.tensor([nano_tokenizer(SPEECHES[0]).input_ids])
-    with torch.no_grad():
-        logits = policy(input_ids=ids).logits
-    each = losses.token_logprobs(logits, ids)[0]
-    weights = torch.zeros(1, ids.shape[1])
-    weights[0, 0], weights[0, 3], weights[0, 5] = 7.0, 1.0, 0.25  # nothing predicts the first token
-    assert losses.supervised(logits, ids, weights).item() == pytest.approx(-(each[2] + 0.25 * each[4]).item(), abs=1e-5)
-
-
-def test_the_prompt_weighs_what_the_settings_say(policy: Any, nano_tokenizer: Any) -> None:
     row = {"messages": json.dumps([{"role": "user", "content": SPEECHES[0]}, {"role": "assistant", "content": "Oh."}])}
     found = {}
     for weight in (0.0, 0.4, 1.0):
-        objective = SFT(SFTConfig(prompt_loss_weight=weight), nano_tokenizer, CPU)
-        example = objective.example(row)
-        loss, parts = objective.sums(policy, [example])
+        objective = SFT(SFTConfig(prompt_loss_weight=weight), nano_tokenizer)
+        groups, _ = objective.groups([row], 10_000)
+        batch = packed(groups)
+        loss, parts = objective.sums(objective.wrap(policy)(padded(groups, 0)), batch)
         found[weight] = loss.item()
-        assert parts["loss_weight"].item() == pytest.approx(objective.weight(example))
+        assert parts["loss_weight"].item() == pytest.approx(objective.weight(groups[0]))
     assert found[0.4] == pytest.approx(0.6 * found[0.0] + 0.4 * found[1.0], rel=1e-5)
-    assert found[1.0] > found[0.0]
+    ids = torch.tensor([groups[0].responses[0].ids])
+    assert found[1.0] == pytest.approx(policy(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1), rel=1e-5)
 
 
-def test_nll_weight_adds_the_chosen_responses_mean_nll(
-    dpo: tuple[DPO, list[Any]], policy: Any, nano_tokenizer: Any
-) -> None:
-    objective, pairs = dpo
-    with_nll = DPO(DPOConfig(beta=BETA, nll_weight=0.5), nano_tokenizer, CPU)
-    with torch.no_grad():
-        plain, more = objective.sums(policy, pairs)[0], with_nll.sums(policy, pairs)[0]
-        chosen, _ = objective.logprobs(policy, pairs)
-    means = [-value / sum(pair.chosen.weights) for value, pair in zip(chosen.tolist(), pairs, strict=True)]
-    assert (more - plain).item() == pytest.approx(0.5 * sum(means), rel=1e-4)
+def test_sums_travel_in_double_precision() -> None:
+    """A small difference of large sums: in single precision it would be lost."""
+    values = torch.full((30_000,), -4.1)
+    whole = losses.sequence_sums(values, torch.zeros(30_000, dtype=torch.long), 1)
+    assert whole.dtype == torch.float64
+    assert whole.item() == pytest.approx(30_000 * values[0].double().item(), abs=1e-6)

@@ -1,113 +1,110 @@
-"""The plan: every example once, the same number of micro-steps on every rank, the same everywhere from one seed."""
+"""The plan: every group once, the same number of micro-steps on every rank, the same steps whatever the ranks."""
 
 from __future__ import annotations
 
 import math
-from itertools import chain
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psycho.training.plan import Step, learning_rate, micro_steps, plan_epoch
-
-_WINDOW = 8
+from psycho.training.plan import Step, learning_rate, plan_epoch
 
 
 @st.composite
 def plans(draw: Any) -> dict[str, Any]:
+    groups = draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 6)), max_size=120))
     return {
-        "lengths": draw(st.lists(st.integers(1, 50), max_size=120)),
-        "batch_size": draw(st.integers(1, 12)),
+        "tokens": [tokens for tokens, _ in groups],
+        "counts": [count for _, count in groups],
+        "batch_size": draw(st.integers(1, 24)),
         "workers": draw(st.integers(1, 5)),
-        "micro_batch_size": draw(st.none() | st.integers(1, 7)),
+        "budget": draw(st.integers(50, 300)),
         "seed": draw(st.integers(0, 2**31)),
         "shuffle": draw(st.booleans()),
     }
 
 
-def _ranks(plan: dict[str, Any]) -> list[list[Step]]:
-    return [plan_epoch(rank=rank, **plan) for rank in range(plan["workers"])]
+def _steps(plan: dict[str, Any], **changes: Any) -> list[Step]:
+    return list(plan_epoch(**(plan | changes)))
 
 
 @given(plans())
-def test_every_example_once_over_all_ranks(plan: dict[str, Any]) -> None:
-    ranks = _ranks(plan)
-    seen = [index for steps in ranks for step in steps for micro in step.micro_batches for index in micro]
-    assert sorted(seen) == list(range(len(plan["lengths"])))
-    assert sorted(chain.from_iterable(step.everything for step in ranks[0])) == list(range(len(plan["lengths"])))
+def test_every_group_once(plan: dict[str, Any]) -> None:
+    assert sorted(index for step in _steps(plan) for index in step.groups) == list(range(len(plan["tokens"])))
 
 
 @given(plans())
 def test_every_rank_runs_the_same_number_of_micro_steps(plan: dict[str, Any]) -> None:
     """Unequal counts hang ZeRO in its first collective."""
-    count = micro_steps(plan["batch_size"], plan["workers"], plan["micro_batch_size"])
-    shapes = {tuple(len(step.micro_batches) for step in steps) for steps in _ranks(plan)}
-    assert len(shapes) == 1
-    assert set(shapes.pop()) <= {count}
+    for step in _steps(plan):
+        parts = [step.of(rank, plan["workers"]) for rank in range(plan["workers"])]
+        assert len({len(part) for part in parts}) == 1
+        assert sorted(i for part in parts for bin_ in part for i in bin_) == sorted(step.groups)
 
 
 @given(plans())
-def test_steps_are_the_same_on_every_rank(plan: dict[str, Any]) -> None:
-    ranks = _ranks(plan)
-    for together in zip(*ranks, strict=True):
-        assert len({step.everything for step in together}) == 1
-        mine = chain.from_iterable(chain.from_iterable(step.micro_batches) for step in together)
-        assert sorted(mine) == sorted(together[0].everything)
+def test_no_bin_is_over_the_budget(plan: dict[str, Any]) -> None:
+    for step in _steps(plan):
+        assert all(sum(plan["tokens"][i] for i in bin_) <= plan["budget"] for bin_ in step.bins)
 
 
 @given(plans())
-def test_no_batch_or_micro_batch_is_over_its_size(plan: dict[str, Any]) -> None:
-    limit = plan["micro_batch_size"] or -(-plan["batch_size"] // plan["workers"])
-    for steps in _ranks(plan):
-        for step in steps:
-            assert 1 <= len(step.everything) <= plan["batch_size"]
-            assert all(len(micro) <= limit for micro in step.micro_batches)
-    total = sum(len(step.everything) for step in steps)
-    assert len(steps) >= math.ceil(total / plan["batch_size"])
+def test_steps_are_the_same_whatever_the_workers_and_the_budget(plan: dict[str, Any]) -> None:
+    """1 x 8, 8 x 1 and 4 x 2 are the same optimizer steps."""
+    one = [sorted(step.groups) for step in _steps(plan, workers=1, budget=10_000)]
+    assert [sorted(step.groups) for step in _steps(plan)] == one
+
+
+@given(plans())
+def test_a_step_is_about_a_batch(plan: dict[str, Any]) -> None:
+    """Off by less than the largest group and an even share of the rest; no error adds up over an epoch."""
+    total, largest = sum(plan["counts"]), max(plan["counts"], default=0)
+    steps = _steps(plan)
+    aim = total / max(1, round(total / plan["batch_size"]))
+    for step in steps:
+        assert sum(plan["counts"][i] for i in step.groups) <= aim + largest
+    assert len(steps) <= max(1, round(total / plan["batch_size"]))
 
 
 @given(plans())
 def test_the_seed_decides(plan: dict[str, Any]) -> None:
-    assert _ranks(plan) == _ranks(plan)
+    assert _steps(plan) == _steps(plan)
 
 
 def test_another_seed_is_another_order() -> None:
-    lengths = list(range(1, 101))
-    first, second = (plan_epoch(lengths, 8, 1, 0, None, seed) for seed in (0, 1))
+    first, second = (list(plan_epoch(range(1, 101), [1] * 100, 8, 1, 200, seed)) for seed in (0, 1))
     assert first != second
 
 
-@given(plans())
-def test_without_shuffling_windows_keep_their_order(plan: dict[str, Any]) -> None:
-    """A curriculum: what comes `_WINDOW` batches later in the data comes later in training."""
-    steps = plan_epoch(rank=0, **(plan | {"shuffle": False}))
-    size = plan["batch_size"] * _WINDOW
-    windows = [{index // size for index in step.everything} for step in steps]
-    assert all(len(window) == 1 for window in windows)
-    order = [window.pop() for window in windows]
-    assert order == sorted(order)
+def test_without_shuffling_the_order_is_kept() -> None:
+    """A curriculum: what comes later in the data comes later in training."""
+    steps = list(plan_epoch([5] * 64, [1] * 64, 8, 2, 100, 0, shuffle=False))
+    assert [sorted(step.groups) for step in steps] == [list(range(s, s + 8)) for s in range(0, 64, 8)]
 
 
-def test_batches_hold_examples_of_similar_length() -> None:
-    lengths = [1, 50] * 32
-    for step in plan_epoch(lengths, 8, 1, 0, None, 0):
-        assert len({lengths[index] for index in step.everything}) == 1
+def test_bins_are_full_and_even() -> None:
+    """At the domain's lengths: 97 % of what all ranks wait for is work, and ranks are within 1 % of each other."""
+    import random
+
+    rng = random.Random(0)
+    sizes = [round(max(100, rng.gauss(1190, 190))) for _ in range(4000)]
+    counts = [rng.randint(1, 5) for _ in sizes]
+    used, waited, loads = 0, 0, [0] * 8
+    for step in plan_epoch(sizes, counts, 2048, 8, 16384, 0):
+        waited += len(step.bins) * max(sum(sizes[i] for i in bin_) for bin_ in step.bins)
+        for rank in range(8):
+            load = sum(sizes[i] for bin_ in step.of(rank, 8) for i in bin_)
+            loads[rank] += load
+            used += load
+    assert max(loads) / min(loads) < 1.01
+    assert used / waited > 0.97
 
 
-def test_short_batches_are_not_always_last() -> None:
-    """Within a window the order of lengths is mixed, or the last steps would all be long."""
-    steps = plan_epoch(list(range(64)), 8, 1, 0, None, 0)
-    firsts = [min(step.everything) for step in steps]
-    assert firsts != sorted(firsts)
-
-
-@pytest.mark.parametrize(
-    ("batch", "workers", "micro", "count"), [(8, 1, None, 1), (8, 1, 1, 8), (8, 2, None, 1), (8, 3, 2, 2), (5, 2, 2, 2)]
-)
-def test_micro_steps(batch: int, workers: int, micro: int | None, count: int) -> None:
-    assert micro_steps(batch, workers, micro) == count
+def test_a_group_over_the_budget_is_an_error() -> None:
+    with pytest.raises(ValueError, match="60 tokens is over the budget of 50"):
+        next(plan_epoch([10, 60], [1, 1], 2, 1, 50, 0))
 
 
 @given(st.integers(1, 400), st.floats(0, 0.99), st.sampled_from(["cosine", "linear", "constant"]))

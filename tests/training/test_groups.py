@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
 from psycho.config import RewardConfig, SFTConfig
-from psycho.training.examples import Encoded, Pair, encode, encode_conversation, length, tokens
+from psycho.training.groups import (
+    Encoded,
+    Group,
+    desensitise,
+    encode,
+    encode_conversation,
+    encode_group,
+    only,
+    response_key,
+    split,
+)
 from psycho.training.objectives import SFT, Reward
+from psycho.training.packing import packed, padded
 
 # Small, and faithful in what matters here: where BOS, turns and their ends stand, and what is trimmed.
 LLAMA_3 = (
@@ -137,9 +152,17 @@ def test_the_response_and_its_end_are_trained_on(tokenizer: Any, family: Family)
 
 
 def test_the_prompt_weighs_what_is_asked(tokenizer: Any) -> None:
-    example = encode(tokenizer, PROMPT, RESPONSE, prompt_weight=0.25)
+    talk = [*PROMPT, {"role": "assistant", "content": RESPONSE}]
+    example = encode_conversation(tokenizer, talk, other_weight=0.25)
     assert set(example.weights) == {0.25, 1.0}
     assert example.weights == [w or 0.25 for w in encode(tokenizer, PROMPT, RESPONSE).weights]
+
+
+def test_a_group_is_its_rows_with_the_prompt_once(tokenizer: Any) -> None:
+    group = encode_group(tokenizer, PROMPT, [RESPONSE, "Stop."], [(0, 1)], [2.0])
+    for row, text in zip(group.responses, (RESPONSE, "Stop."), strict=True):
+        assert group.prompt + row.ids == encode(tokenizer, PROMPT, text).ids
+        assert set(row.weights) == {1.0}
 
 
 def test_all_assistant_turns_of_a_talk_are_trained_on(tokenizer: Any, family: Family) -> None:
@@ -154,14 +177,14 @@ def test_only_the_last_turn_when_asked(tokenizer: Any, family: Family) -> None:
 
 
 def test_pad_equal_to_eos_does_not_hide_the_last_token(tokenizer: Any, family: Family) -> None:
-    """Padding is known by place: the end of turn of every row in a padded batch keeps its weight."""
-    objective = SFT(SFTConfig(), tokenizer, torch.device("cpu"))
-    rows = [objective.example({"messages": json.dumps(talk)}) for talk in (TALK, [*PROMPT, TALK[1]])]
-    ids, weights = objective._ids(rows), objective._weights(rows)
+    """Padding is known by place: the end of turn of every row in a padded batch is trained on."""
+    objective = SFT(SFTConfig(), tokenizer)
+    talks = [{"messages": json.dumps(talk)} for talk in (TALK, [*PROMPT, TALK[1]])]
+    groups, _ = objective.groups(talks, 1000)
     end = tokenizer.convert_tokens_to_ids(family.end)
-    ends = [int(((ids[row] == end) & (weights[row] == 1.0)).sum()) for row in range(2)]
-    assert ends == [2, 1]
-    assert weights[1, len(rows[1].ids) :].sum() == 0
+    for batch in (padded(groups, tokenizer.pad_token_id), packed(groups)):
+        ends = [int(((batch.targets == end) & (batch.response == row)).sum()) for row in range(2)]
+        assert ends == [2, 1]
 
 
 def test_pad_equal_to_eos_does_not_move_the_reward(
@@ -172,17 +195,16 @@ def test_pad_equal_to_eos_does_not_move_the_reward(
     base = AutoModelForSequenceClassification.from_pretrained(tiny_llama(3, reward=True))
     base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     base.save_pretrained(tmp_path)
-    objective = Reward(RewardConfig(), tokenizer, torch.device("cpu"))
+    objective = Reward(RewardConfig(), tokenizer)
     model = objective.load(str(tmp_path), torch.float32).eval()
-    pair = objective.example({"question": PROMPT[0]["content"], "chosen": RESPONSE, "rejected": "Stop."})
+    rows = [{"question": PROMPT[0]["content"], "chosen": RESPONSE, "rejected": "Stop."}]
+    groups, _ = objective.groups(rows, 1000)
     with torch.no_grad():
-        margin = objective.sums(model, [pair])[1]["margin"].item()
-        last = []
-        for side in (pair.chosen, pair.rejected):
-            states = model.model(input_ids=torch.tensor([side.ids])).last_hidden_state
-            last.append(model.score(states)[0, -1].item())
-    assert margin == pytest.approx(last[0] - last[1], abs=1e-5)
-    assert model.config.pad_token_id == tokenizer.pad_token_id != pair.chosen.ids[-1]
+        rewards = objective.wrap(model)(padded(groups, model.config.pad_token_id))
+        for row, reward in zip(groups[0].responses, rewards.tolist(), strict=True):
+            states = model.model(input_ids=torch.tensor([groups[0].prompt + row.ids])).last_hidden_state
+            assert model.score(states)[0, -1].item() == pytest.approx(reward, abs=1e-5)
+    assert model.config.pad_token_id == tokenizer.pad_token_id != groups[0].responses[0].ids[-1]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(nano_tokenizer: Any) -> None:
@@ -198,7 +220,44 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(nano_tokenizer: Any) 
     assert encode_conversation(rewriting, TALK, last=True).ids
 
 
-def test_length_and_tokens() -> None:
-    short, long = Encoded([1, 2], [0.0, 1.0]), Encoded([1, 2, 3], [0.0, 1.0, 1.0])
-    assert (length(short), tokens(short)) == (2, 2)
-    assert (length(Pair(short, long)), tokens(Pair(short, long))) == (3, 5)
+PART = Group([1, 2], tuple(Encoded([i] * i, [1.0] * i) for i in (3, 4, 5)), ((2, 0), (1, 0), (2, 1)), (2.0, 1.0, 1.0))
+
+
+def test_counts_of_a_group() -> None:
+    assert (PART.tokens, PART.count, PART.longest) == (14, 3, 7)
+    assert Group([], (Encoded([1], [1.0]),)).count == 1
+
+
+def test_only_keeps_what_its_pairs_need() -> None:
+    part = only(PART, [0, 2])
+    assert [len(row) for row in part.responses] == [3, 4, 5] and part.pairs == ((2, 0), (2, 1))
+    part = only(PART, [1])
+    assert [len(row) for row in part.responses] == [3, 4] and part.pairs == ((1, 0),) and part.gaps == (1.0,)
+
+
+@given(st.integers(1, 6), st.integers(2, 7), st.integers(0, 2**31), st.integers(20, 80))
+def test_a_split_group_holds_the_same_pairs_within_the_budget(size: int, k: int, seed: int, budget: int) -> None:
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, 7) for _ in range(k)]
+    rows = tuple(Encoded([i] * n, [1.0] * n) for i, n in enumerate(sizes))
+    group = Group([9] * size, rows, tuple((i, j) for i in range(k) for j in range(i + 1, k)))
+    parts = split(group, budget)
+    assert all(part.tokens <= budget for part in parts)
+    pairs = [(part.responses[a], part.responses[b]) for part in parts for a, b in part.pairs]
+    assert pairs == [(rows[a], rows[b]) for a, b in group.pairs]
+
+
+def test_a_pair_over_the_budget_is_an_error() -> None:
+    with pytest.raises(ValueError, match="over the budget"):
+        split(PART, 8)
+
+
+def test_desensitised_tokens_beyond_the_shared_length_weigh_alpha() -> None:
+    first, *_ = desensitise(PART, 0.25)
+    assert [row.weights for row in first.responses] == [[1.0] * 3, [1.0] * 3 + [0.25] * 2]
+
+
+def test_keys_tell_tokens_prompts_and_weights_apart() -> None:
+    keys = {response_key(PART, i) for i in range(3)} | {response_key(replace(PART, prompt=[1, 3]), 0)}
+    keys.add(response_key(desensitise(PART, 0.5)[0], 1))
+    assert len(keys) == 5 and response_key(PART, 0) == response_key(only(PART, [0]), 0)

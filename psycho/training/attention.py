@@ -1,0 +1,170 @@
+"""Attention for packed speech groups: each response sees its prompt and itself, and nothing else.
+
+Registered with `transformers`' own attention interface under the name `speech_groups`, so that every model which goes
+through that interface (Llama, Qwen, Mistral, Gemma, ...) works unchanged; the layout of the bin travels as the keyword
+`layout` from the model's call to each layer. On a CPU one causal call per prompt and response is fastest: an explicit
+T x T mask costs a third of the speed at 2,048 tokens and half at 4,096. On a GPU it is FlexAttention with a block mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "speech_groups"
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the groups of a bin lie: per group the span of its prompt and the spans of its responses."""
+
+    groups: tuple[tuple[Span, tuple[Span, ...]], ...]
+    length: int
+    masks: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    def block_mask(self, window: int | None, device: torch.device) -> Any:
+        """FlexAttention's mask for this bin, made once per window size and device."""
+        key = (window, device)
+        if key not in self.masks:
+            self.masks[key] = self._block_mask(window, device)
+        return self.masks[key]
+
+    def _block_mask(self, window: int | None, device: torch.device) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        group, segment, position = (t.to(device) for t in self.coordinates())
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = (key <= query) & (group[query] == group[key])
+            seen = seen & ((segment[key] == 0) | (segment[key] == segment[query]))
+            return seen if window is None else seen & (position[query] - position[key] < window)
+
+        return create_block_mask(visible, None, None, self.length, self.length, device=device)
+
+    def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Group, segment within it (0 is the prompt) and position of every token, [T] each; padding is group -1."""
+        group = torch.full((self.length,), -1)
+        segment, position = torch.zeros(2, self.length, dtype=torch.long)
+        for number, ((begin, end), responses) in enumerate(self.groups):
+            group[begin:end] = number
+            position[begin:end] = torch.arange(end - begin)
+            for index, (first, last) in enumerate(responses, start=1):
+                group[first:last] = number
+                segment[first:last] = index
+                position[first:last] = torch.arange(last - first) + (end - begin)
+        return group, segment, position
+
+
+def speech_groups(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention of one layer.
+
+    Args:
+        query: [B, H, T, D]; key, value: [B, H_kv, T, D].
+        layout: of a packed bin (then B is 1); none: rows padded on the right, causal.
+
+    Returns:
+        [B, T, H, D], and no weights.
+    """
+    window = sliding_window if sliding_window is None or sliding_window < query.shape[2] else None
+    if query.is_cuda and layout is not None:
+        mask = layout.block_mask(window, query.device)
+        return _flex(query, key, value, mask, scaling, softcap).transpose(1, 2), None
+    if softcap is not None:
+        raise ValueError("this model caps its attention scores, which only the GPU path does")
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (key, value))
+    if layout is None:
+        return _causal(query, key, value, dropout, scaling, window).transpose(1, 2), None
+    parts: list[Tensor] = []
+    for prompt, responses in layout.groups:
+        parts += _group(query, key, value, prompt, responses, dropout, scaling, window)
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: Span,
+    responses: tuple[Span, ...],
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> list[Tensor]:
+    """Prompt and responses of one group, in order. The prompt's own rows come with the first response."""
+    begin, end = prompt
+    (_, first_ends), *others = responses  # prompt and first response lie side by side
+    query_, key_, value_ = (t[:, :, begin:first_ends] for t in (query, key, value))
+    found = [_causal(query_, key_, value_, dropout, scaling, window)]
+    for first, last in others:
+        query_, key_, value_ = (
+            torch.cat([t[:, :, begin:end], t[:, :, first:last]], dim=2) for t in (query, key, value)
+        )
+        found.append(_causal(query_, key_, value_, dropout, scaling, window)[:, :, end - begin :])
+    return found
+
+
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
+) -> Tensor:
+    length = query.shape[2]
+    if window is None or length <= window:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    mask = _band(length, window, query.device)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+
+
+@lru_cache(maxsize=8)
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """[T, T] True where a query may look: at itself and the `window` - 1 tokens before it."""
+    here = torch.arange(length, device=device)
+    distance = here[:, None] - here[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _cap(limit: float) -> Any:
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return limit * torch.tanh(score / limit)
+
+    return cap
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, softcap: float | None) -> Tensor:
+    return _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _cap(softcap),
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+AttentionInterface.register(NAME, speech_groups)

@@ -1,0 +1,160 @@
+"""From rows to token ids: one encoding, used by all objectives, and the unit of training, the speech group.
+
+A speech group is one prompt, K responses to it, and the pairs among them. The prompt is rendered by the model's own
+chat template and stands before the response byte for byte, with no special tokens added on top (a second BOS is a
+classic bug). What is trained on is marked by weights per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and the weight of each token in the loss (0 for what is only read)."""
+
+    ids: list[int]
+    weights: list[float]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt, its responses, and (chosen, rejected) positions among them; no pair: supervised text.
+
+    `references` are the reference policy's summed log-probabilities, one a response, once they are known.
+    """
+
+    prompt: list[int]
+    responses: tuple[Encoded, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+    gaps: tuple[float, ...] = ()
+    references: tuple[float, ...] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that an encoding of the group reads: the prompt once."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def count(self) -> int:
+        """What the group counts in a batch: its pairs, or its responses where there are none."""
+        return len(self.pairs) or len(self.responses)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest response."""
+        return len(self.prompt) + max(map(len, self.responses))
+
+
+def encode_conversation(tokenizer: Any, messages: Messages, other_weight: float = 0.0, last: bool = False) -> Encoded:
+    """A conversation; assistant turns (or only the `last`) weigh 1, all other tokens `other_weight`.
+
+    Raises:
+        ValueError: the chat template rewrites earlier turns, so that turns cannot be told apart.
+    """
+    ids: list[int] = []
+    weights: list[float] = []
+    done = ""
+
+    def take(text: str, weight: float) -> None:
+        nonlocal done
+        if not text.startswith(done):
+            raise ValueError("the chat template rewrites earlier turns; use the last turn alone")
+        new = tokenizer(text[len(done) :], add_special_tokens=False).input_ids
+        ids.extend(new)
+        weights.extend([weight] * len(new))
+        done = text
+
+    turns = [len(messages) - 1] if last else [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    for turn in turns:
+        take(
+            tokenizer.apply_chat_template(list(messages[:turn]), tokenize=False, add_generation_prompt=True),
+            other_weight,
+        )
+        take(tokenizer.apply_chat_template(list(messages[: turn + 1]), tokenize=False), 1.0)
+    return Encoded(ids, weights)
+
+
+def encode(tokenizer: Any, prompt: Messages, response: str) -> Encoded:
+    """A prompt and its response as one sequence; response tokens (with the end of turn) weigh 1."""
+    return encode_conversation(tokenizer, [*prompt, {"role": "assistant", "content": response}], last=True)
+
+
+def encode_group(
+    tokenizer: Any,
+    prompt: Messages,
+    responses: Sequence[str],
+    pairs: Iterable[tuple[int, int]],
+    gaps: Iterable[float] = (),
+) -> Group:
+    """One prompt with all its responses."""
+    whole = [encode(tokenizer, prompt, response) for response in responses]
+    cut = next(index for index, weight in enumerate(whole[0].weights) if weight)
+    parts = tuple(Encoded(row.ids[cut:], row.weights[cut:]) for row in whole)
+    return Group(whole[0].ids[:cut], parts, tuple(pairs), tuple(gaps))
+
+
+def only(group: Group, pairs: Sequence[int]) -> Group:
+    """The group with just these of its pairs, and just the responses that they need."""
+    kept = sorted({response for pair in pairs for response in group.pairs[pair]})
+    place = {response: index for index, response in enumerate(kept)}
+    return replace(
+        group,
+        responses=tuple(group.responses[response] for response in kept),
+        pairs=tuple((place[group.pairs[pair][0]], place[group.pairs[pair][1]]) for pair in pairs),
+        gaps=tuple(group.gaps[pair] for pair in pairs) if group.gaps else (),
+        references=tuple(group.references[response] for response in kept) if group.references else None,
+    )
+
+
+def split(group: Group, budget: int) -> list[Group]:
+    """Groups of at most `budget` tokens that hold the same pairs; the prompt is repeated in each.
+
+    Raises:
+        ValueError: one pair (or one response without a pair) is over the budget by itself.
+    """
+    if group.tokens <= budget:
+        return [group]
+    parts: list[Group] = []
+    held: list[int] = []
+    for pair in range(len(group.pairs)):
+        if held and only(group, [*held, pair]).tokens > budget:
+            parts.append(only(group, held))
+            held = []
+        held.append(pair)
+    if held:
+        parts.append(only(group, held))
+    if not parts or any(part.tokens > budget for part in parts):
+        raise ValueError("a pair alone is over the budget")
+    return parts
+
+
+def desensitise(group: Group, alpha: float) -> list[Group]:
+    """Length-desensitised preference learning (Liu et al. 2024): tokens beyond the length that chosen and rejected
+    share weigh `alpha`. Each pair becomes a group of its own, for a response may share another length elsewhere."""
+    parts = []
+    for pair in range(len(group.pairs)):
+        part = only(group, [pair])
+        shared = min(map(len, part.responses))
+        weights = [[w if i < shared else w * alpha for i, w in enumerate(row.weights)] for row in part.responses]
+        rows = tuple(Encoded(row.ids, own) for row, own in zip(part.responses, weights, strict=True))
+        parts.append(replace(part, responses=rows))
+    return parts
+
+
+def response_key(group: Group, response: int) -> str:
+    """The same for the same tokens and weights after the same prompt, whatever the run (16 hexadecimal digits)."""
+    row = group.responses[response]
+    digest = hashlib.sha256(array("I", [len(group.prompt), *group.prompt, *row.ids]).tobytes())
+    digest.update(array("d", row.weights).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,95 @@
+"""What DeepSpeed wraps: a `transformers` model whose call takes a `Batch` and returns just what a loss needs.
+
+The policy returns log-probabilities of the trained tokens, and its output head sees nothing else: logits of prompt
+tokens are never made, and those of responses a chunk at a time, in the backward pass too, so that peak memory does
+not grow with tokens x vocabulary. The head is called as a module, because under ZeRO-3 its weight is only there then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from psycho.training import attention
+from psycho.training.packing import Batch
+
+LOGITS = 2**25  # elements of a chunk: 128 MiB in fp32
+_UNSUPPORTED = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that returns log-probabilities, [N] of a batch's trained tokens, fp32."""
+
+    def __init__(self, model: Any, logits: int = LOGITS) -> None:
+        super().__init__()
+        self.model = model
+        self._logits = logits
+
+    def forward(self, batch: Batch) -> Tensor:
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        hidden = _hidden(base.base_model, batch)[batch.source]
+        head = base.get_output_embeddings()
+        cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        size = max(128, self._logits // base.config.get_text_config().vocab_size)
+        if hidden.shape[0] <= size:
+            return _logprobs(head, hidden, batch.targets, cap)
+        rows = zip(hidden.split(size), batch.targets.split(size), strict=True)
+        return torch.cat([checkpoint(_logprobs, head, h, t, cap, use_reentrant=False) for h, t in rows])
+
+
+class RewardModel(nn.Module):
+    """A one-label sequence classifier that returns the reward of each response, [R], fp32."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return base.score(_hidden(base.base_model, batch)[batch.last]).squeeze(-1).float()
+
+
+def _hidden(decoder: Any, batch: Batch) -> Tensor:
+    """Last hidden states, [B * T, d]."""
+    layout = {} if batch.layout is None else {"layout": batch.layout}
+    out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout)
+    return out.last_hidden_state.flatten(0, 1)
+
+
+def _logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    logits = head(hidden)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def use_packing(model: Any) -> str | None:
+    """Switch a loaded model to the attention of packed groups; the reason where it cannot.
+
+    Then the model keeps its own attention and its batches are padded.
+    """
+    text = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not go through transformers' attention interface"
+    if getattr(text, "attn_logit_softcapping", None) and not torch.cuda.is_available():
+        return f"{type(model).__name__} caps its attention scores"
+    if getattr(text, "attention_chunk_size", None):
+        return f"{type(model).__name__} attends in chunks"
+    model.set_attn_implementation(attention.NAME)
+    return None
+
+
+def check_head(model: Any) -> None:
+    """Refuse a model whose logits are scaled in a way that `PolicyModel` does not do.
+
+    Raises:
+        ValueError: it names the setting of the model's configuration.
+    """
+    text = model.config.get_text_config()
+    for name in _UNSUPPORTED:
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{type(model).__name__} scales its logits ({name}), which training does not do yet")
