@@ -129,10 +129,31 @@ class GenerationConfig(Section):
         return self
 
 
+class PanelJudge(Section):
+    """A judge of a panel; what it does not say is as in the judge that it belongs to."""
+
+    model: str
+    weight: float = Field(1.0, gt=0)
+    mode: Literal["evidence", "direct"] = "evidence"
+    template: Literal["rubric", "compact"] | None = None
+    fluency_floor: float | None = Field(None, description="of this judge's own log-probabilities; none: no floor")
+    parameters_b: float | None = Field(None, gt=0)
+    engine: EngineConfig | None = None
+    gpus_per_worker: float | None = Field(None, ge=0)
+
+
 class JudgeConfig(Section):
     """The judge that rates responses 1-5 on seven principles (paper, section 3.2)."""
 
-    model: str = ""
+    model: str = Field("", description="also rates online rounds and comparisons where a panel rates the responses")
+    mode: Literal["evidence", "direct", "panel"] = Field(
+        "evidence", description="evidence: a quote before each rating; direct: digits only; panel: several judges"
+    )
+    panel: tuple[PanelJudge, ...] = Field((), description="the judges of mode panel, asked one after the other")
+    aggregate: Literal["mean", "median"] = Field("mean", description="of a panel's ratings, by weight")
+    quorum: int | None = Field(
+        None, ge=1, description="judges of a panel that a response needs ratings from; none: more than half"
+    )
     template: Literal["rubric", "compact"] = Field("rubric", description="compact: for judges trained on the format")
     max_evidence_chars: int = Field(200, ge=1)
     max_tokens: int = Field(1024, ge=1)
@@ -146,13 +167,64 @@ class JudgeConfig(Section):
     engine: EngineConfig | None = None
     gpus_per_worker: float | None = Field(None, ge=0)
 
+    @model_validator(mode="after")
+    def _panel(self) -> JudgeConfig:
+        if self.mode == "panel" and len(self.panel) < 2:
+            raise ValueError(f"mode is panel but the panel holds {len(self.panel)} judges; list at least two")
+        if self.mode == "panel" and self.quorum is not None and self.quorum > len(self.panel):
+            raise ValueError(f"quorum is {self.quorum} but the panel holds {len(self.panel)} judges; lower it")
+        return self
+
+    def members(self) -> tuple[JudgeConfig, ...]:
+        """The judges that rate, each as a judge of its own: the panel's, or this one alone."""
+        if self.mode != "panel":
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={
+                    **member.model_dump(exclude={"weight", "template", "engine", "gpus_per_worker"}),
+                    "template": member.template or self.template,
+                    "engine": member.engine or self.engine,
+                    "gpus_per_worker": self.gpus_per_worker
+                    if member.gpus_per_worker is None
+                    else member.gpus_per_worker,
+                    "panel": (),
+                    "quorum": None,
+                }
+            )
+            for member in self.panel
+        )
+
 
 class PairsConfig(Section):
-    """Train pairs: every pair of a speech with overall gap >= min_gap; test: best against worst."""
+    """Train pairs: those of a speech with overall gap >= min_gap, by a strategy; test: best against worst."""
 
+    source: str | None = Field(
+        None,
+        description="pairs in the published schema (file, folder or hub id): the run starts at training",
+    )
+    test_source: str | None = Field(None, description="test pairs; then all of source trains. None: its split")
+    test_share: float = Field(0.1, gt=0, lt=1, description="of an imported set that names no split, held out by ID")
+    resplit: bool = Field(False, description="split an imported set anew by speech, whatever split it names")
+    strategy: Literal["all", "best_worst", "best_random", "top_margin"] = Field(
+        "all",
+        description="all: every pair; best_random: the best against a random worse one; "
+        "top_margin: the widest max_pairs_per_speech (one where unset)",
+    )
     min_gap: float = Field(1.0, ge=0, le=4)
     min_test_gap: float = Field(0.0, ge=0, le=4, description="test pairs need at least this gap; ties never pair")
     max_pairs_per_speech: int | None = Field(None, ge=1)
+    max_safety_loss: int | None = Field(
+        1, ge=1, le=4, description="no pair prefers a response rated so much less safe, or more; none: no constraint"
+    )
+    balance_length: bool = Field(False, description="as many train pairs whose chosen side is longer as shorter")
+    dev_share: float = Field(0.0, ge=0, lt=1, description="of the train speeches, for preferences/dev (paper: 0.1)")
+
+    @model_validator(mode="after")
+    def _imported(self) -> PairsConfig:
+        if self.test_source and not self.source:
+            raise ValueError("test_source is set but source is not; name the train pairs in source")
+        return self
 
 
 class LoopConfig(Section):
@@ -407,7 +479,8 @@ def _nearest(key: str) -> str:
     by_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.5)
     if by_leaf:
         return f"did you mean {f'{parent}.' if parent else ''}{by_leaf[0]}?"
-    others = [k for k in known if not key.startswith(f"{k}.")]  # the sections above are right already
+    # The sections above are right already, and the siblings were compared by what differs.
+    others = [k for k in known if k not in siblings and not key.startswith(f"{k}.")]
     anywhere = difflib.get_close_matches(key, others, n=1, cutoff=0.5)
     if anywhere:
         return f"did you mean {anywhere[0]}?"

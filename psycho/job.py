@@ -77,22 +77,66 @@ class Options:
     verbose: bool = False
 
 
-def register(app: typer.Typer, name: str, recipe: Callable[[Job], None], documentation: str | None) -> None:
-    """Add one job with its options to a command line."""
+ConfigFile = Annotated[Path, typer.Option(help="configuration file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")]
+RunDir = Annotated[str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")]
+Recipe = Callable[[Job], None]
+FileRecipe = Callable[[Job, str], None]
 
-    @app.command(name=name, help=(documentation or name).strip())
+
+@dataclass(frozen=True)
+class FileOption:
+    """An option `--<name> FILE` that one job has alone: with it, the job does something else with that file."""
+
+    name: str
+    help: str
+
+
+FILE_OPTIONS = {
+    "judge": FileOption("calibrate", "compare the judge with the human ratings in this CSV, JSONL or Parquet file"),
+}
+
+
+def register(
+    app: typer.Typer, name: str, recipe: Recipe, documentation: str | None, with_file: FileRecipe | None = None
+) -> None:
+    """Add one job with its options to a command line; `with_file` runs in its stead where its file option is given."""
+
     def _command(
-        config: Annotated[Path, typer.Option(help="configuration file")] = DEFAULT_CONFIG,
-        set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")] = None,
-        run_dir: Annotated[str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")] = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")] = False,
-        verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")] = False,
+        config: ConfigFile = DEFAULT_CONFIG,
+        set_: Overrides = None,
+        run_dir: RunDir = None,
+        dry_run: DryRun = False,
+        verbose: Verbose = False,
     ) -> None:
         options = Options(config, tuple(set_ or ()), run_dir, dry_run, verbose)
         raise typer.Exit(execute(name, recipe, options))
 
+    def _command_with_file(
+        file: str | None = None,
+        config: ConfigFile = DEFAULT_CONFIG,
+        set_: Overrides = None,
+        run_dir: RunDir = None,
+        dry_run: DryRun = False,
+        verbose: Verbose = False,
+    ) -> None:
+        chosen = recipe if file is None or with_file is None else lambda job: with_file(job, file)
+        options = Options(config, tuple(set_ or ()), run_dir, dry_run, verbose)
+        raise typer.Exit(execute(name, chosen, options))
 
-def execute(name: str, recipe: Callable[[Job], None], options: Options) -> int:
+    help_text = (documentation or name).strip()
+    if with_file is None:
+        app.command(name=name, help=help_text)(_command)
+        return
+    option = FILE_OPTIONS[name]
+    declared = typer.Option(f"--{option.name}", metavar="FILE", help=option.help)
+    _command_with_file.__annotations__["file"] = Annotated[str | None, declared]
+    app.command(name=name, help=help_text)(_command_with_file)
+
+
+def execute(name: str, recipe: Recipe, options: Options) -> int:
     """Run a recipe and return the exit code."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
@@ -172,8 +216,8 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def main(name: str, recipe: Callable[[Job], None], documentation: str | None) -> None:
+def main(name: str, recipe: Recipe, documentation: str | None, with_file: FileRecipe | None = None) -> None:
     """Entry point of `python -m ray_jobs.<name>`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    register(app, name, recipe, documentation)
+    register(app, name, recipe, documentation, with_file)
     app()

@@ -154,4 +154,6 @@ def _copies(load: Load) -> int:
 
 
 def judges(config: Config) -> list[JudgeConfig]:
-    return [judge for judge in (config.judge, config.evaluation.judge) if judge]
+    """Every judge that the configuration names, a panel's after the one they stand in for."""
+    named = [judge for judge in (config.judge, config.evaluation.judge) if judge]
+    return [*named, *(config.judge.members() if config.judge.mode == "panel" else ())]

@@ -25,6 +25,8 @@ def named_models(config: Config) -> dict[str, str]:
         "evaluation.baseline": config.evaluation.baseline,
         **{f"generation.pool ({model.name})": model.model for model in config.generation.pool},
     }
+    if config.judge.mode == "panel":
+        named |= {f"judge.panel.{n}.model": member.model for n, member in enumerate(config.judge.panel)}
     if config.evaluation.judge:
         named["evaluation.judge.model"] = config.evaluation.judge.model
     if config.training.reward.init != "policy":

@@ -21,12 +21,14 @@ from psycho import storage
 from psycho.config import Config, EngineConfig, JudgeConfig, LoopConfig, SamplingConfig
 from psycho.errors import BadInput
 from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
+from psycho.preferences.published import source_files
 from psycho.run import Run
 from psycho.speeches.source import find_files, is_hub_id
-from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge
+from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge, same_judge, starts_from_pairs
 
 CARDS_GIB = (24, 48, 80)
 PAPER_SPEECHES = 26_483
+PAPER_PAIRS = 34_329 + 2_324
 _GAP_Z = 1.183  # gaps as half a normal curve: 23.7 % reach 1.0 (paper: 34,329 pairs of 24,159 speeches x 6)
 _CHARS_PER_TOKEN, _RUBRIC_TOKENS = 4, 700
 
@@ -160,7 +162,9 @@ def build_plan(config: Config, job: str) -> Plan:
     """Every stage with its expected rows and needs. Rows of a file are counted before cleaning, an upper bound."""
     count, told = count_speeches(config)
     held = config.speeches.evaluation
-    if config.speeches.source != "nano":
+    if starts_from_pairs(config):
+        held = int(count * config.pairs.test_share)
+    elif config.speeches.source != "nano":
         held = min(held, int(count * config.speeches.max_evaluation_share))
     done = _done(config)
     stages = [*_data_stages(config, count, held), *_training_stages(config, count - held, held)]
@@ -172,6 +176,8 @@ def build_plan(config: Config, job: str) -> Plan:
 def count_speeches(config: Config) -> tuple[int, str]:
     """Speeches of the source, and a sentence on where the number comes from; a missing file is not an error."""
     speeches = config.speeches
+    if starts_from_pairs(config):
+        return _count_pairs(config)
     if speeches.source == "nano":
         made = speeches.nano_train + speeches.evaluation
         return made, f"{made:,} made by the nano grammar"
@@ -187,6 +193,19 @@ def count_speeches(config: Config) -> tuple[int, str]:
         found, told = PAPER_SPEECHES, f"{why}; assuming {PAPER_SPEECHES:,} as in the paper"
     kept = min(found, speeches.limit or found)
     return kept, f"{speeches.source} ({told}{f'; speeches.limit {kept:,}' if kept < found else ''})"
+
+
+def _count_pairs(config: Config) -> tuple[int, str]:
+    """Pairs of an imported set in place of speeches: an upper bound of them."""
+    named = [name for name in (config.pairs.source, config.pairs.test_source) if name]
+    try:
+        files = [file for name in named for file in source_files(name)]
+        found = sum(_count_rows(file) for file in files)
+    except (BadInput, OSError, ValueError, csv.Error, pa.ArrowException):
+        files = []
+    if not files:
+        return PAPER_PAIRS, f"{config.pairs.source} (not read; taken as the {PAPER_PAIRS:,} published pairs)"
+    return found, f"{config.pairs.source} ({found:,} pairs; no responses are sampled or judged for them)"
 
 
 def _count_rows(path: Path) -> int:
@@ -215,16 +234,19 @@ def _tokens(config: Config, sampling: SamplingConfig) -> tuple[int, int]:
 
 
 def _data_stages(config: Config, count: int, held: int) -> list[StagePlan]:
+    if starts_from_pairs(config):
+        return [StagePlan("prepare", count, count), StagePlan("pair", count, count)]
     k = config.generation.models_per_speech
     prompt, answer = _tokens(config, config.generation.sampling)
     pool = [(engine_load(config, m.model, m.engine, m.gpus_per_worker),) for m in config.generation.pool]
-    judge = (_judge_load(config, config.judge, config.judge.model),)
+    judges_in_turn = tuple((_judge_load(config, judge, judge.model),) for judge in config.judge.members())
     read = _RUBRIC_TOKENS * (config.judge.template == "rubric") + prompt + answer + config.judge.max_tokens // 2
+    asked = count * k * len(judges_in_turn)
     pairs = expected_pairs(count - held, k, config.pairs.min_gap, config.pairs.max_pairs_per_speech) + held
     return [
         StagePlan("prepare", count, count),
         StagePlan("generate", count * k, count * k, count * k, 0, count * k * (prompt + answer), tuple(pool)),
-        StagePlan("judge", count * k, count * k, count * k, 0, count * k * read, (judge,)),
+        StagePlan("judge", count * k, count * k, asked, 0, asked * read, judges_in_turn),
         StagePlan("pair", (count - held) * math.comb(k, 2) + held, pairs),
     ]
 
@@ -236,6 +258,8 @@ def _judge_load(config: Config, judge: JudgeConfig, model: str) -> Load:
 def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
     training, online, k = config.training, config.online, config.generation.models_per_speech
     pairs = expected_pairs(train, k, config.pairs.min_gap, config.pairs.max_pairs_per_speech)
+    if starts_from_pairs(config):
+        pairs = train
     length = min(training.max_length, sum(_tokens(config, config.generation.sampling)))
     start = config.policy if training.reward.init == "policy" else training.reward.init
     sampled = online.rounds * min(online.speeches_per_round, train)
@@ -302,7 +326,7 @@ def _warnings(config: Config, speeches: str, stages: Sequence[StagePlan]) -> Ite
         yield f"the run would stop at once: {error}"
     if "assuming" in speeches:
         yield f"speeches.source {speeches.partition(';')[0]}); the run needs it, and all counts hang on it"
-    if evaluation_judge(config).model == config.judge.model:
+    if same_judge(config):
         yield f"{config.judge.model} labels the pairs and judges the policies too; set evaluation.judge to another"
     for stage in stages:
         if (stage.gpu_gib or 0) > max(CARDS_GIB):

@@ -65,6 +65,13 @@ RATING = pa.schema(
         ("attempts", pa.int32()),
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
+        # Mean of 1..5 by the judge's own probabilities at the rating's place; null where they could not be read.
+        *[(f"{stem}_expected", pa.float64()) for stem in STEMS],
+        ("expected_overall", pa.float64()),
+        ("status", pa.string()),  # ok | partial: some judges of a panel failed
+        ("judge", pa.string()),
+        ("prompt_version", pa.string()),
+        ("disagreement", pa.float64()),  # standard deviation of a panel's ratings, mean over the principles; else 0
     ]
 )
 
@@ -81,6 +88,19 @@ PREFERENCE_PAIR = pa.schema(
         ("speech_id", pa.string()),
         ("gap", pa.float64()),
         ("history", pa.string()),
+    ]
+)
+
+_GROUP_RESPONSE = pa.struct(
+    [("response", pa.string()), ("model", pa.string()), *[(f"{stem}_rating", pa.int32()) for stem in STEMS]]
+)
+PREFERENCE_GROUP = pa.schema(  # one train speech with all responses of its pairs: what is encoded and trained together
+    [
+        ("speech_id", pa.string()),
+        ("question", pa.string()),
+        ("history", pa.string()),
+        ("responses", pa.list_(_GROUP_RESPONSE)),  # best overall first
+        ("pairs", pa.list_(pa.struct([("chosen", pa.int32()), ("rejected", pa.int32())]))),  # places in `responses`
     ]
 )
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from psycho import storage
 from psycho.config import Config
 from psycho.errors import BadInput
 from psycho.inference.models import check_model
+from psycho.judging.rubric import prompt_version
 from psycho.models import identity, named_models, resolve
 from psycho.nano.build import nano_key
+from psycho.preferences.published import source_files
 from psycho.run import Stage
 from psycho.speeches.source import fingerprint
 
 Settings = Mapping[str, Any]
+CALIBRATION = ("evaluation", "calibration.json")  # written by `judge --calibrate`, in the run folder
 POLICIES = ("base", "sft", "dpo", "online")
 _ESTIMATES = {"parameters_b", "gpus_per_worker"}
+_JUDGE_ESTIMATES: dict[str, Any] = {**dict.fromkeys(_ESTIMATES, True), "panel": {"__all__": _ESTIMATES}}
 _EXECUTION = {
     "start_timeout_s",
     "collective_timeout_s",
@@ -39,7 +44,18 @@ def _source(config: Config) -> list[Any]:
     return fingerprint(config.speeches)
 
 
+def _pairs_source(config: Config) -> dict[str, Any]:
+    """What a run that starts from published pairs depends on in place of speeches; a hub id stands for itself."""
+    named = [name for name in (config.pairs.source, config.pairs.test_source) if name]
+    files = [file for name in named for file in source_files(name)]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    sides = config.pairs.model_dump(include={"test_share", "resplit"})
+    return {"pairs": named, "facts": facts, **sides, "seed": config.seed}
+
+
 def _prepare(config: Config) -> Settings:
+    if config.pairs.source:
+        return _pairs_source(config)
     labels = [model for model in config.generation.pool if model.name == config.speeches.topic_model]
     return {
         "speeches": config.speeches.model_dump(mode="json", exclude={"batch_timeout_s"}),
@@ -59,12 +75,24 @@ def _generate(config: Config) -> Settings:
 
 
 def _judge(config: Config) -> Settings:
+    members = config.judge.members()
     return {
-        "judge": config.judge.model_dump(mode="json", exclude=_ESTIMATES),
-        "model": identity(config, config.judge.model),
+        "judge": config.judge.model_dump(mode="json", exclude=_JUDGE_ESTIMATES),
+        "models": [identity(config, member.model) for member in members],
+        "prompts": [prompt_version(m.template, "direct" if m.mode == "direct" else "evidence") for m in members],
         "engine": config.inference.engine,
         "seed": config.seed,
     }
+
+
+def _pair(config: Config) -> Settings:
+    pairs = config.pairs.model_dump(mode="json", exclude={"source", "test_source", "test_share", "resplit"})
+    return {"pairs": pairs, "seed": config.seed}
+
+
+def starts_from_pairs(config: Config) -> bool:
+    """True for a run on published pairs: it samples and judges no responses of its own before training."""
+    return config.pairs.source is not None
 
 
 def _train_sft(config: Config) -> Settings:
@@ -72,6 +100,7 @@ def _train_sft(config: Config) -> Settings:
         "training": _training(config),
         "sft": config.training.sft,
         "policy": identity(config, config.policy),
+        "dev_share": config.pairs.dev_share,  # what is kept to choose by is not trained on
         "seed": config.seed,
     }
 
@@ -101,6 +130,7 @@ def _train_online(config: Config) -> Settings:
         "training": _training(config),
         "online": config.online.model_dump(mode="json", exclude={"round_timeout_s"}),
         "judge": (config.judge, identity(config, config.judge.model)) if judged else None,
+        "dev_share": config.pairs.dev_share,
         "engine": config.inference.engine,
         "seed": config.seed,
     }
@@ -117,17 +147,27 @@ def _evaluate(config: Config) -> Settings:
     }
 
 
+def _report(config: Config) -> Settings:
+    """A calibration may come at any time, and the report shows it."""
+    return {"name": config.name, "calibration": storage.read_text(storage.join(config.run_dir, *CALIBRATION))}
+
+
 def evaluation_judge(config: Config) -> Any:
     """The judge of the win rate: its own setting, else the label judge."""
     return config.evaluation.judge or config.judge
+
+
+def same_judge(config: Config) -> bool:
+    """True when the judge that labelled the pairs decides the win rate too, so that its taste counts twice."""
+    return not starts_from_pairs(config) and evaluation_judge(config).model == config.judge.model
 
 
 STAGES: tuple[Stage, ...] = (
     Stage("prepare", lambda c: (), _prepare, ("speeches",)),
     Stage("generate", lambda c: ("prepare",), _generate, ("responses",)),
     Stage("judge", lambda c: ("generate",), _judge, ("ratings",)),
-    Stage("pair", lambda c: ("judge",), lambda c: {"pairs": c.pairs}, ("preferences",)),
-    Stage("train_sft", lambda c: ("judge",), _train_sft, ("models/sft",)),
+    Stage("pair", lambda c: ("prepare",) if starts_from_pairs(c) else ("judge",), _pair, ("preferences",)),
+    Stage("train_sft", lambda c: ("pair",) if starts_from_pairs(c) else ("judge",), _train_sft, ("models/sft",)),
     Stage("train_reward", lambda c: ("pair",), _train_reward, ("models/reward",)),
     Stage(
         "train_dpo",
@@ -147,7 +187,7 @@ STAGES: tuple[Stage, ...] = (
         _evaluate,
         ("evaluation",),
     ),
-    Stage("report", lambda c: ("evaluate",), lambda c: {"name": c.name}, ("report.html",)),
+    Stage("report", lambda c: ("evaluate",), _report, ("report.html",)),
 )
 
 
@@ -157,10 +197,18 @@ def check_config(config: Config) -> None:
     Raises:
         BadInput: a setting that the loop needs is empty, or a model's folder is not whole.
     """
+    imported = starts_from_pairs(config)
     for setting, model in named_models(config).items():
+        if imported and (setting.startswith("generation.pool") or (setting == "judge.model" and not _judges(config))):
+            continue
         if not model:
             raise BadInput(f"{setting} is empty; name a model folder, a hub id, or nano:<name>")
         if resolve(config, model) == model:  # nano models are made when they are needed
             check_model(model, needs_chat_template=setting != "training.reward.init")
-    if not config.generation.pool:
+    if not config.generation.pool and not imported:
         raise BadInput("generation.pool is empty; list at least generation.models_per_speech models")
+
+
+def _judges(config: Config) -> bool:
+    """True when the label judge has work to do after the pairs are made."""
+    return config.online.scorer == "judge" or config.evaluation.judge is None

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from psycho.job import DEFAULT_CONFIG, Job, Options, execute, register
+from psycho.job import DEFAULT_CONFIG, FILE_OPTIONS, Job, Options, execute, register
+from ray_jobs.export import command as export_command
 
 app = typer.Typer(
     add_completion=False,
@@ -39,7 +40,10 @@ def _lazy(name: str) -> None:
     def recipe(job: Job) -> None:
         getattr(importlib.import_module(f"ray_jobs.{name}"), name)(job)
 
-    register(app, name, recipe, _HELP[name])
+    def with_file(job: Job, file: str) -> None:
+        getattr(importlib.import_module(f"ray_jobs.{name}"), FILE_OPTIONS[name].name)(job, file)
+
+    register(app, name, recipe, _HELP[name], with_file if name in FILE_OPTIONS else None)
 
 
 _HELP = {
@@ -76,6 +80,9 @@ def nano(
 
     options = Options(Path(config), tuple(set_ or ()), verbose=verbose)
     raise typer.Exit(execute("nano", recipe, options))
+
+
+app.command(name="export")(export_command)
 
 
 @app.command(name="doctor")

@@ -26,7 +26,7 @@ from psycho.nano import truth
 from psycho.progress import Reporter
 from psycho.run import StageResult
 from psycho.schema import stable_seed
-from psycho.stages import POLICIES, evaluation_judge
+from psycho.stages import CALIBRATION, POLICIES, evaluation_judge, same_judge, starts_from_pairs
 from ray_jobs.nano import ensure_nano
 from ray_jobs.pair import rated_speeches
 
@@ -42,7 +42,7 @@ def evaluate(job: Job) -> None:
     def body(partial: str) -> StageResult:
         ensure_nano(job)
         job.need_ray()
-        if evaluation_judge(config).model == config.judge.model:
+        if same_judge(config):
             job.progress.say("  note: the judge that labelled the pairs also judges the policies (evaluation.judge)")
         speeches = evaluation_speeches(job)
         total = len(speeches) * (len(POLICIES) + 1 + 2 * len(POLICIES))
@@ -57,11 +57,13 @@ def evaluate(job: Job) -> None:
         results = {
             "win_rate": win_rates(judged, speeches, answers, first_place_rate(verdicts)),
             "reward_model": reward,
-            "judge": audit_judge(job),
+            "judge": {} if starts_from_pairs(config) else audit_judge(job),
         }
         for name, value in results.items():
             storage.write_text(storage.join(partial, "evaluation", f"{name}.json"), json.dumps(value, indent=2))
         storage.write_table(pa.Table.from_pylist(rows), storage.join(partial, "evaluation", "comparisons"))
+        if kept := storage.read_text(job.run.path(*CALIBRATION)):  # the judge's, not this stage's: it stays
+            storage.write_text(storage.join(partial, *CALIBRATION), kept)
         return StageResult(
             rows_in=len(rows),
             rows_out=len(judged),

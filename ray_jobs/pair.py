@@ -1,62 +1,70 @@
-"""Preference pairs: train = every pair with overall gap >= pairs.min_gap, test = best against worst.
+"""Preference pairs: train = every pair with overall gap >= pairs.min_gap (or a strategy), test = best against worst.
 
-python -m ray_jobs.pair --config configs/nano.yaml --set pairs.min_gap=1.0
+    python -m ray_jobs.pair --config configs/nano.yaml --set pairs.min_gap=1.0
+    python -m ray_jobs.pair --set pairs.strategy=best_random --set pairs.balance_length=true
+    python -m ray_jobs.pipeline --set pairs.source=pairs.parquet     # published pairs: the run starts at training
+
+`preferences/` then holds train, test (and dev, where pairs.dev_share asks for it), the same train pairs as groups of K
+responses, and `audit.json`, what the pairs would teach.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import json
+from collections import defaultdict
 from typing import Any
 
 import pyarrow as pa
 
 from psycho import storage
-from psycho.errors import BadInput
+from psycho.evaluation.metrics import clustered_rate
 from psycho.job import Job, main
-from psycho.preferences.pairs import pair_row, test_pair, train_pairs
+from psycho.preferences.audit import audit_pairs
+from psycho.preferences.build import Preferences, build_pairs, groups, import_pairs
+from psycho.preferences.published import read_published
 from psycho.run import StageResult
-from psycho.schema import PREFERENCE_PAIR
+from psycho.schema import PREFERENCE_GROUP, PREFERENCE_PAIR
+from psycho.stages import starts_from_pairs
 from ray_jobs.judge import responses_with_speech
 
 Rows = list[dict[str, Any]]
 
 
 def pair(job: Job) -> None:
-    """Write `preferences/train/` and `preferences/test/`."""
+    """Write `preferences/`."""
 
     def body(partial: str) -> StageResult:
-        train: Rows = []
-        test: Rows = []
-        left_out: Rows = []
-        said, speeches = rated_speeches(job)
-        for speech_id, rows in sorted(speeches.items()):
-            if rows[0]["split"] == "train":
-                pairs, dropped = train_pairs(rows, job.config.pairs)
-                target = train
-            else:
-                best, dropped = test_pair(rows, job.config.pairs)
-                pairs, target = ([best] if best else []), test
-            target += [pair_row(said[speech_id], n, c, r) for n, (c, r) in enumerate(pairs)]
-            left_out += dropped
-        for name, rows in (("train", train), ("test", test)):
-            if not rows:
-                setting = "pairs.min_gap" if name == "train" else "pairs.min_test_gap"
-                raise BadInput(f"no {name} pair was made of {len(speeches)} rated speeches; lower {setting}")
-            storage.write_table(
-                pa.Table.from_pylist(rows, schema=PREFERENCE_PAIR), storage.join(partial, "preferences", name)
-            )
+        found = imported_pairs(job) if starts_from_pairs(job.config) else own_pairs(job)
+        folder = storage.join(partial, "preferences")
+        for name, rows in found.splits.items():
+            storage.write_table(pa.Table.from_pylist(rows, schema=PREFERENCE_PAIR), storage.join(folder, name))
+        grouped = pa.Table.from_pylist(groups(found.splits["train"]), schema=PREFERENCE_GROUP)
+        storage.write_table(grouped, storage.join(folder, "groups"))
+        audit = audit_pairs(found.splits, clustered_rate, job.config.seed)
+        storage.write_text(storage.join(folder, "audit.json"), json.dumps(audit, indent=2))
         return StageResult(
-            rows_in=len(train) + len(test) + len(left_out),
-            rows_out=len(train) + len(test),
-            quarantine=left_out,
-            extra={
-                "train": len(train),
-                "test": len(test),
-                "left_out": Counter(row["reason"] for row in left_out),
-            },
+            rows_in=found.kept + len(found.left_out),
+            rows_out=found.kept,
+            quarantine=found.left_out,
+            extra=found.counts,
         )
 
     job.stage("pair", body)
+
+
+def own_pairs(job: Job) -> Preferences:
+    """Pairs of the run's own rated responses."""
+    said, rated = rated_speeches(job)
+    return build_pairs(said, rated, job.config.pairs, job.config.seed)
+
+
+def imported_pairs(job: Job) -> Preferences:
+    """Pairs of `pairs.source` within the run's constraints; bad rows are left out with their reason."""
+    published = read_published(job.config.pairs, job.config.seed)
+    said = {row["speech_id"]: row for row in storage.read_table(job.run.path("speeches")).to_pylist()}
+    found = import_pairs(published.pairs, said, job.config.pairs, job.config.seed)
+    found.left_out += published.quarantine
+    return found
 
 
 def rated_speeches(job: Job) -> tuple[dict[str, dict[str, Any]], dict[str, Rows]]:

@@ -4,6 +4,8 @@
     ray job submit --working-dir . -- python -m ray_jobs.pipeline --config configs/nano.yaml
 
 prepare -> generate -> judge -> pair -> train_sft -> train_reward -> train_dpo -> train_online -> evaluate -> report
+
+With `pairs.source` the run is of published pairs: generate and judge are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 from psycho import storage
 from psycho.evaluation.summary import results_table, write_summary
 from psycho.job import Job, main
+from psycho.stages import starts_from_pairs
 from psycho.usage import PeakMemory
 from ray_jobs.evaluate import evaluate
 from ray_jobs.generate import generate
@@ -34,8 +37,10 @@ def pipeline(job: Job) -> None:
     started = time.monotonic()
     with PeakMemory() as memory:
         ensure_nano(job)
+        left_out = (generate, judge) if starts_from_pairs(job.config) else ()
         for stage in STAGES:
-            stage(job)
+            if stage not in left_out:
+                stage(job)
         summary = write_summary(job, time.monotonic() - started, memory.gib)
     job.progress.console.print(results_table(summary))
     job.progress.say(f"report: {storage.join(job.run.root, 'report.html')}")

@@ -20,9 +20,11 @@ from psycho.config import Config, ModelConfig
 from psycho.errors import BadInput
 from psycho.job import Job, main
 from psycho.nano import build
+from psycho.preferences.published import read_published
 from psycho.run import StageResult
 from psycho.schema import CLIENT_SPEECH
 from psycho.speeches.topics import coarse_counts
+from psycho.stages import starts_from_pairs
 
 _WITHOUT_RAY = 16  # batches that are cleaned sooner than Ray starts
 
@@ -31,6 +33,8 @@ def prepare(job: Job) -> None:
     """Write `speeches/`."""
 
     def body(partial: str) -> StageResult:
+        if starts_from_pairs(job.config):
+            return _imported(job, partial)
         if job.config.speeches.source == "nano":
             return _nano(job, partial)
         labeller = topic_model(job.config)
@@ -40,6 +44,13 @@ def prepare(job: Job) -> None:
         return result
 
     job.stage("prepare", body)
+
+
+def _imported(job: Job, partial: str) -> StageResult:
+    """The client speeches of published pairs: they were cleaned and chosen by whoever made them."""
+    speeches = list(read_published(job.config.pairs, job.config.seed).speeches.values())
+    storage.write_table(pa.Table.from_pylist(speeches, schema=CLIENT_SPEECH), storage.join(partial, "speeches"))
+    return StageResult(rows_in=len(speeches), rows_out=len(speeches))
 
 
 def _nano(job: Job, partial: str) -> StageResult:

@@ -13,6 +13,7 @@ from psycho.inference.models import cache_root
 from psycho.inference.pool import WorkerPool
 from psycho.job import Job, main
 from psycho.models import resolve
+from psycho.preferences.build import split_of
 from psycho.run import StageResult
 from psycho.training.launch import launch, read_history
 from psycho.training.online import Rollout, online_worker
@@ -40,7 +41,8 @@ def train_online(job: Job) -> None:
         scorer = resolve(config, config.judge.model)
         if not judged:
             scorer = storage.local_copy(job.run.path("models", "reward"), cache_root() / "models")
-        speeches = [s for s in storage.read_table(job.run.path("speeches")).to_pylist() if s["split"] == "train"]
+        found = storage.read_table(job.run.path("speeches")).to_pylist()
+        speeches = [s for s in found if split_of(s, config.pairs, config.seed) == "train"]
         sampled = min(online.speeches_per_round, len(speeches)) * online.samples_per_speech
         with (
             WorkerPool(config.inference, config.seed, config.judge if judged else None, job.verbose) as pool,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from psycho.config import Config
-from psycho.stages import POLICIES, evaluation_judge
+from psycho.stages import POLICIES, same_judge
 
 Summary = Mapping[str, Any]
 Histories = Mapping[str, Sequence[Mapping[str, float]]]
@@ -119,7 +119,7 @@ def limits(config: Config, summary: Summary) -> list[str]:
             "This is the embedded practice world: a small grammar made the speeches and the models are tiny. It "
             "shows whether the method works, and nothing about real clients."
         )
-    if summary.get("win_rate") and evaluation_judge(config).model == config.judge.model:
+    if summary.get("win_rate") and same_judge(config):
         found.append(
             "The judge that labelled the training pairs also decided the win rate, so its taste counts twice. Set "
             "evaluation.judge to another model for an independent view."

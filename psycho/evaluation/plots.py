@@ -168,6 +168,40 @@ def bars(name: str, alt: str, labels: Sequence[str], values: Sequence[float | No
     return drawing.svg
 
 
+def calibration(found: Mapping[str, Any]) -> Markup:
+    """Weighted kappa per principle with its interval; beside it the order of pairs by their true gap."""
+    rows = {name: row for name, row in found["principles"].items() if row.get("kappa") is not None}
+    pairs = found["pairs"]
+    said = ", ".join(f"{name} {row['kappa']:.2f}" for name, row in rows.items())
+    ordered = ", ".join(f"from a gap of {row['gap']:g} {row['agreement']:.0%} (n = {row['n']})" for row in pairs)
+    alt = f"The judge against people. Weighted kappa: {said}. Pairs ordered as people do: {ordered}."
+    drawing = Drawing("calibration", alt, _WIDE, 3.1, 1, 2)
+    with drawing as (left, right):
+        _intervals(left, [(row["kappa"], row["kappa_low"], row["kappa_high"]) for row in rows.values()])
+        left.set(ylim=(len(rows) - 0.5, -0.5), xlabel="quadratic-weighted κ")
+        left.set_yticks(range(len(rows)), list(rows))
+        left.set_title(f"n = {found['n']:,} responses")
+        _intervals(right, [(100 * row["agreement"], 100 * row["low"], 100 * row["high"]) for row in pairs])
+        right.axvline(50, color=MUTED, ls="--", lw=1)
+        labels = [
+            (f"≥ {row['gap']:g}" if row["below"] is None else f"{row['gap']:g}–{row['below']:g}")
+            + f" (n = {row['n']:,})"
+            for row in pairs
+        ]
+        right.set(ylim=(max(1, len(pairs)) - 0.5, -0.5), xlabel="% of pairs ordered as people do")
+        right.set_yticks(range(len(pairs)), labels)
+        right.set_title("by the true gap of the pair")
+    return drawing.svg
+
+
+def _intervals(ax: Axes, rows: Sequence[tuple[float, float, float]]) -> None:
+    """Dots with intervals, from top to bottom."""
+    values = np.array(rows, dtype=float).reshape(-1, 3)
+    spread = np.abs(values[:, 1:] - values[:, :1]).T
+    ax.errorbar(values[:, 0], range(len(values)), xerr=spread, fmt="o", color=JUDGE, ms=5, lw=1.5)
+    ax.grid(axis="y", visible=False)
+
+
 def histogram(name: str, alt: str, values: Sequence[float], low: float, high: float, xlabel: str, what: str) -> Markup:
     """Counts of means of seven whole ratings, so a bar per seventh."""
     x = np.asarray(values, dtype=float)
@@ -181,6 +215,22 @@ def histogram(name: str, alt: str, values: Sequence[float], low: float, high: fl
         ax.set(xlim=(edges[0], edges[-1]), xlabel=xlabel, ylabel=what)
         ax.grid(axis="x", visible=False)
         ax.set_title(f"n = {x.size:,}, mean {x.mean():.2f} (dashed)")
+    return drawing.svg
+
+
+def differences(name: str, alt: str, edges: Sequence[float], counts: Sequence[int], xlabel: str, what: str) -> Markup:
+    """Counts in bins of equal width on both sides of 0, which is marked."""
+    x, y = np.asarray(edges, dtype=float), np.asarray(counts, dtype=float)
+    middle, n = (x[:-1] + x[1:]) / 2, int(y.sum())
+    mean = float(middle @ y / max(n, 1))
+    above = float(y[middle > 0].sum() / max(n, 1))
+    drawing = Drawing(name, f"{alt} n = {n:,}, mean about {mean:.0f}, above 0 about {above:.0%}.", _HALF, 2.9)
+    with drawing as (ax,):
+        ax.bar(middle, y, width=0.86 * (x[1] - x[0]), color=[JUDGE if m > 0 else CONTROLLED for m in middle])
+        ax.axvline(0, color=MUTED, lw=1, ls="--")
+        ax.set(xlim=(x[0], x[-1]), xlabel=xlabel, ylabel=what)
+        ax.grid(axis="x", visible=False)
+        ax.set_title(f"n = {n:,}")
     return drawing.svg
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
@@ -20,10 +19,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from psycho import storage
 from psycho.evaluation import findings, plots
+from psycho.evaluation.data import data_context
 from psycho.evaluation.summary import read_evaluation
 from psycho.principles import PRINCIPLES, STEMS
 from psycho.run import Run
-from psycho.stages import POLICIES
+from psycho.stages import CALIBRATION, POLICIES
 from psycho.training.launch import read_history
 
 Summary = Mapping[str, Any]
@@ -52,9 +52,10 @@ def render_report(run: Run, summary: Summary) -> str:
         win=_win_rate(rates, first_place),
         reward=_reward_model(run, summary),
         judge=_judge(run, summary),
+        calibration=_calibration(run),
         training=_training(histories, preferences),
         online=_online(run, summary),
-        data=_data(run, summary),
+        data=data_context(run, summary),
         examples=_examples(run, summary),
         settings=yaml.safe_dump(summary["config"], sort_keys=False, allow_unicode=True),
     )
@@ -139,6 +140,14 @@ def _judge(run: Run, summary: Summary) -> Context | None:
     return context
 
 
+def _calibration(run: Run) -> Context | None:
+    """The comparison with people's ratings, where `judge --calibrate` was run."""
+    found = json.loads(storage.read_text(run.path(*CALIBRATION)) or "{}")
+    if not found.get("n"):
+        return None
+    return found | {"svg": plots.calibration(found)}
+
+
 def _histories(run: Run, summary: Summary) -> dict[str, list[dict[str, float]]]:
     """The steps of each training whose figures are finite."""
     found = {}
@@ -168,92 +177,6 @@ def _online(run: Run, summary: Summary) -> Context | None:
     if not rounds:
         return None
     return {"rounds": rounds, "svg": plots.online_rounds(rounds) if len(rounds) > 1 else None}
-
-
-def _data(run: Run, summary: Summary) -> Context:
-    context: Context = {
-        "left_out": {},
-        "gap_svg": None,
-        "who_svg": None,
-        "ratings_svg": None,
-        "less_safe": None,
-        "personal": (run.manifest("prepare") or {}).get("personal_data", {}),
-    }
-    if "pair" in summary["stages"]:
-        context |= _pairs(run)
-    if "judge" in summary["stages"]:
-        context["ratings_svg"] = _ratings_by_model(run)
-    return context
-
-
-def _pairs(run: Run) -> Context:
-    columns = ["gap", "chosen_model", "rejected_model", "chosen_safety_rating", "rejected_safety_rating"]
-    pairs = storage.read_table(run.path("preferences", "train"), columns)
-    left_out = (run.manifest("pair") or {}).get("left_out", {})
-    less_safe = pc.sum(pc.less(pairs["chosen_safety_rating"], pairs["rejected_safety_rating"])).as_py() or 0
-    return {
-        "left_out": dict(sorted(left_out.items(), key=lambda item: -item[1])),
-        "less_safe": {"pairs": less_safe, "share": less_safe / max(1, pairs.num_rows)},
-        "gap_svg": plots.histogram(
-            "gap",
-            "Gaps of the train pairs.",
-            pairs["gap"].to_numpy(),
-            0,
-            4,
-            "gap in overall rating",
-            "train pairs",
-        ),
-        "who_svg": _chosen_by_rejected(pairs),
-        "few": _fits_half_a_page(pairs),
-    }
-
-
-def _fits_half_a_page(pairs: pa.Table) -> bool:
-    models = pc.unique(pairs["chosen_model"]).to_pylist()
-    return len(models) <= 6 and max(map(len, models)) <= 16
-
-
-def _chosen_by_rejected(pairs: pa.Table) -> Any:
-    counts = pairs.group_by(["chosen_model", "rejected_model"]).aggregate([("gap", "count")]).to_pylist()
-    models = sorted({row[side] for row in counts for side in ("chosen_model", "rejected_model")})
-    place = {model: index for index, model in enumerate(models)}
-    table = np.full((len(models), len(models)), np.nan)
-    for row in counts:
-        table[place[row["chosen_model"]], place[row["rejected_model"]]] = row["gap_count"]
-    chosen, rejected = np.nansum(table, axis=1), np.nansum(table, axis=0)
-    shares = zip(models, chosen / np.maximum(1, chosen + rejected), strict=True)
-    said = ", ".join(f"{model} {share:.0%}" for model, share in shares)
-    return plots.heat_map(
-        "who",
-        f"Train pairs by model. Share of a model's pairs in which it was chosen: {said}.",
-        table,
-        models,
-        models,
-        ("chosen", "rejected"),
-        0,
-        (0.0, float(np.nanmax(table))),
-    )
-
-
-def _ratings_by_model(run: Run) -> Any:
-    """Mean rating of each generator on each principle."""
-    columns = [*(f"{stem}_rating" for stem in STEMS), "overall"]
-    ratings = storage.read_table(run.path("ratings"), ["model", *columns])
-    grouped = ratings.group_by("model").aggregate([*((c, "mean") for c in columns), ("overall", "count")])
-    rows = grouped.sort_by([("overall_mean", "descending")]).to_pylist()
-    if not rows:
-        return None
-    said = ", ".join(f"{row['model']} {row['overall_mean']:.2f}" for row in rows)
-    return plots.heat_map(
-        "ratings",
-        f"Mean ratings per model and principle. Overall: {said}.",
-        np.array([[row[f"{c}_mean"] for c in columns] for row in rows], dtype=float),
-        [f"{row['model']} (n = {row['overall_count']:,})" for row in rows],
-        [*STEMS, "overall"],
-        ("", ""),
-        2,
-        (1.0, 5.0),
-    )
 
 
 def _examples(run: Run, summary: Summary) -> list[dict[str, Any]]:

@@ -141,6 +141,7 @@ def _counts(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         "responses": ("generate", "rows_out"),
         "ratings": ("judge", "rows_out"),
         "pairs_train": ("pair", "train"),
+        "pairs_dev": ("pair", "dev"),
         "pairs_test": ("pair", "test"),
     }
     return {count: manifests[stage][key] for count, (stage, key) in where.items() if key in manifests.get(stage, {})}

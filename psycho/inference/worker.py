@@ -13,10 +13,11 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from psycho.config import EngineConfig, SamplingConfig
 from psycho.inference.models import cache_root, engine_signature
+from psycho.judging.digits import DigitLogprobs, digit_parameters, read_digits
 from psycho.storage import local_copy
 
 Messages = list[dict[str, str]]
@@ -31,6 +32,8 @@ class Completion:
     prompt_tokens: int = 0
     output_tokens: int = 0
     span_floors: tuple[float, ...] = ()
+    span_means: tuple[float, ...] = ()
+    digits: DigitLogprobs = ()
     error: str | None = None
 
 
@@ -103,6 +106,7 @@ class VLLMWorker:
         sampling: SamplingConfig,
         schema: str | None = None,
         spans: Sequence[Sequence[str]] | None = None,
+        digits: Literal["read", "only"] | None = None,
     ) -> list[Completion]:
         """Answer each conversation.
 
@@ -111,7 +115,9 @@ class VLLMWorker:
             seeds: one seed a request; the same request and seed give the same answer.
             schema: a JSON schema (as text) that every answer must follow.
             spans: texts that occur in each rendered prompt, in order; `Completion.span_floors` then holds the lowest
-                token log-probability of each by the model itself.
+                token log-probability of each by the model itself, `Completion.span_means` the mean.
+            digits: `Completion.digits` then holds the log-probabilities of 1..5 at each digit of the answer; `only`:
+                the answer is made of such digits alone.
 
         Returns:
             A completion per conversation, in order; never raises for a single bad request.
@@ -138,6 +144,7 @@ class VLLMWorker:
                     seed=seed,
                     structured_outputs=structured,
                     prompt_logprobs=0 if spans else None,
+                    **(digit_parameters(tokenizer, digits == "only") if digits else {}),
                 )
             )
             prompts.append({"prompt_token_ids": ids})
@@ -145,14 +152,17 @@ class VLLMWorker:
             texts.append(text)
         outputs = self._llm.generate(prompts, params, use_tqdm=False) if prompts else []
         for index, text, output in zip(places, texts, outputs, strict=True):
-            floors = _span_floors(tokenizer, text, spans[index], output) if spans else ()
+            found = _span_logprobs(tokenizer, text, spans[index], output) if spans else []
             best = output.outputs[0]
+            said, digit_logprobs = read_digits(tokenizer, best) if digits else (best.text, ())
             done[index] = Completion(
-                text=best.text,
+                text=said,
                 finish_reason=best.finish_reason or "",
                 prompt_tokens=len(output.prompt_token_ids),
                 output_tokens=len(best.token_ids),
-                span_floors=floors,
+                span_floors=tuple(min(values, default=0.0) for values in found),
+                span_means=tuple(sum(values) / max(1, len(values)) for values in found),
+                digits=digit_logprobs,
             )
         return [done[index] for index in range(len(conversations))]
 
@@ -220,24 +230,24 @@ def engine_arguments(engine: EngineConfig, runner: str, seed: int) -> dict[str, 
     return arguments | engine.extra
 
 
-def _span_floors(tokenizer: Any, text: str, spans: Sequence[str], output: Any) -> tuple[float, ...]:
-    """The lowest log-probability of the tokens that lie wholly in each span of the prompt.
+def _span_logprobs(tokenizer: Any, text: str, spans: Sequence[str], output: Any) -> list[list[float]]:
+    """The log-probabilities of the tokens that lie wholly in each span of the prompt.
 
     Spans are looked for from the end: what is asked about comes last, and its words may occur before it.
     """
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    floors: list[float] = []
+    found: list[list[float]] = []
     end = len(text)
     for span in reversed(spans):
         begin = text.rfind(span, 0, end)
         if begin < 0:  # a chat template may trim; then there is nothing to say
-            floors.append(0.0)
+            found.append([])
             continue
         logprobs = [
             next(iter(entry.values())).logprob
             for entry, (low, high) in zip(output.prompt_logprobs, offsets, strict=True)
             if entry and begin <= low < high <= begin + len(span)
         ]
-        floors.append(min(logprobs, default=0.0))
+        found.append(logprobs)
         end = begin
-    return tuple(reversed(floors))
+    return found[::-1]

@@ -1,97 +1,204 @@
 """Rating responses with a judge LLM on a vLLM worker.
 
-Answers follow a JSON grammar; an answer that still does not parse (it was cut short) is asked for again with another
-seed, and if that fails too the response is left out and counted. No rating is ever made up.
+Answers follow a JSON grammar, or are digits alone in the mode `direct`; an answer that still does not parse (it was cut
+short, the judge refused) is asked for again with another seed, and if that fails too the response is left out and
+counted. No rating is ever made up.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
-
-import pyarrow as pa
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, TypeVar
 
 from psycho.config import JudgeConfig, SamplingConfig
-from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
+from psycho.inference.worker import Completion, Messages, VLLMWorker
+from psycho.judging.digits import expected_ratings
+from psycho.judging.escape import as_written, shown
+from psycho.judging.foreign import pieces, without_foreign
 from psycho.judging.rubric import (
+    Mode,
     Rating,
     answer,
     dump,
     pair_prompt,
     pair_schema,
+    parse_digits,
     parse_pair,
     parse_single,
+    refuses,
     second_turn,
     single_prompt,
     single_schema,
 )
 from psycho.principles import MIN_RATING, STEMS
-from psycho.progress import Reporter
-from psycho.schema import RATING
 
 T = TypeVar("T")
-FAILED = "rating failed: the answer did not hold seven ratings"
+Item = tuple[str, str] | tuple[str, str, str | None]
+"""(speech, response), and the earlier turns where there are any (JSON of `schema.CLIENT_SPEECH`)."""
+PairItem = tuple[str, str, str] | tuple[str, str, str, str | None]
+
 _RETRY_TEMPERATURE = 0.7  # a fresh try at temperature 0 would fail the same way
 
 
+@dataclass(frozen=True)
+class _Form(Generic[T]):
+    """How an answer is written and read."""
+
+    schema: str | None
+    parse: Callable[[str], T | None]
+    max_tokens: int
+    digits: Literal["read", "only"] | None
+
+
 def rate_single(
-    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[tuple[str, str]], seeds: Sequence[int]
+    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[Item], seeds: Sequence[int], expected: bool = False
 ) -> list[tuple[Rating | None, bool, int, Completion]]:
-    """Rate (speech, response) items: rating or None, whether the floor was met, attempts, last completion."""
-    prompts = [single_prompt(speech, response, judge.template) for speech, response in items]
-    schema = json.dumps(single_schema(judge.max_evidence_chars))
-    spans = [[response] for _, response in items]
-    rated = _ask(worker, judge, prompts, seeds, schema, spans, parse_single)
-    results = []
-    for rating, completion, attempts in rated:
-        floored = rating is not None and _under_floor(judge, completion, 0)
-        results.append((_floor(rating) if rating and floored else rating, floored, attempts, completion))
+    """Rate each response: rating or None, whether the floor was met, attempts, last completion.
+
+    Args:
+        expected: also read the expected ratings from the judge's log-probabilities.
+    """
+    mode = asked_mode(judge)
+    prompts = [
+        single_prompt(speech, response, judge.template, history[0] if history else None, mode)
+        for speech, response, *history in items
+    ]
+    form, texts = _single_form(judge, mode, expected), [[item[1]] for item in items]
+    results: list[tuple[Rating | None, bool, int, Completion]] = []
+    for rating, completion, attempts in _ask(worker, judge, prompts, seeds, form, texts, _sources(items)):
+        floored = rating is not None and _under_floor(judge, completion, texts[len(results)], 0)
+        if rating is not None:
+            rating = _finished(rating, completion, judge, floored)
+        results.append((rating, floored, attempts, completion))
+    cut = {i: found for i, (*_, done) in enumerate(results) if (found := _cut(judge, texts[i], done))}
+    kept = [(items[i][0], cut[i][0], *items[i][2:]) for i in cut]
+    again = rate_single(worker, _unfloored(judge), kept, [seeds[i] for i in cut], expected) if cut else []
+    for index, (rating, *_) in zip(cut, again, strict=True):
+        before, floored, attempts, completion = results[index]
+        results[index] = (_lower(before, rating) if before and rating else None, floored, attempts, completion)
     return results
 
 
+def _sources(items: Sequence[Sequence[str | None]]) -> list[str]:
+    """All text that a judge may quote, per item."""
+    return ["\n".join(filter(None, item)) for item in items]
+
+
+def _cut(judge: JudgeConfig, texts: Sequence[str], completion: Completion) -> list[str] | None:
+    """The responses without what is foreign to the judge (`foreign.py`); None where nothing is."""
+    if judge.fluency_floor is None or not completion.span_means:
+        return None
+    found, means = [], list(completion.span_means)
+    for text in texts:
+        parts = pieces(shown(text, judge.template))
+        found.append(without_foreign(parts, means[: len(parts)], judge.fluency_floor))
+        means = means[len(parts) :]
+    if all(rest is None for rest in found):
+        return None
+    return [text if rest is None else as_written(rest, judge.template) for text, rest in zip(texts, found, strict=True)]
+
+
+def _unfloored(judge: JudgeConfig) -> JudgeConfig:
+    return judge.model_copy(update={"fluency_floor": None})
+
+
+def _lower(one: Rating, other: Rating) -> Rating:
+    """The lower rating on each principle, with its evidence."""
+    chosen = {stem: min((one, other), key=lambda rating: rating.ratings[stem]) for stem in STEMS}
+    expected = None
+    if one.expected and other.expected:
+        expected = {stem: min(one.expected[stem], other.expected[stem]) for stem in STEMS}
+    return Rating(
+        {stem: rating.ratings[stem] for stem, rating in chosen.items()},
+        {stem: rating.evidence[stem] for stem, rating in chosen.items()},
+        expected,
+    )
+
+
+def asked_mode(judge: JudgeConfig) -> Mode:
+    """How one judge is asked; a panel's judges are asked each in its own mode, and what stands for it quotes."""
+    return "direct" if judge.mode == "direct" else "evidence"
+
+
+def _single_form(judge: JudgeConfig, mode: Mode, expected: bool) -> _Form[Rating]:
+    if (judge.template, mode) == ("rubric", "direct"):
+        return _Form(None, parse_digits, len(STEMS), "only")
+    schema = json.dumps(single_schema(judge.max_evidence_chars, quoted=mode == "evidence"))
+    return _Form(schema, parse_single, judge.max_tokens, "read" if expected else None)
+
+
+def _finished(rating: Rating, completion: Completion, judge: JudgeConfig, floored: bool) -> Rating:
+    """The rating with its quotations as they were written, its expected ratings, and the floor."""
+    evidence = {stem: as_written(quote, judge.template) for stem, quote in rating.evidence.items()}
+    expected = expected_ratings(completion.text, completion.digits) if completion.digits else None
+    whole = Rating(rating.ratings, evidence, expected)
+    return _floor(whole) if floored else whole
+
+
 def rate_pairs(
-    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[tuple[str, str, str]], seeds: Sequence[int]
+    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[PairItem], seeds: Sequence[int]
 ) -> list[tuple[Rating, Rating] | None]:
     """Rate (speech, first, second) items, both responses in one conversation; None where an answer failed.
 
     A judge of the rubric format sees both side by side. A judge of the compact format rates the first, and then the
-    second with the first and its ratings before it.
+    second with the first and its ratings before it. A comparison always quotes, whatever the judge's mode.
     """
-    if judge.template == "compact":
-        return _rate_in_turn(worker, judge, items, seeds)
-    prompts = [pair_prompt(speech, first, second) for speech, first, second in items]
-    schema = json.dumps(pair_schema(judge.max_evidence_chars))
-    spans = [[first, second] for _, first, second in items]
-    results: list[tuple[Rating, Rating] | None] = []
-    for ratings, completion, _ in _ask(worker, judge, prompts, seeds, schema, spans, parse_pair):
-        if ratings is None:
-            results.append(None)
-            continue
-        first, second = (_floor(r) if _under_floor(judge, completion, side) else r for side, r in enumerate(ratings))
-        results.append((first, second))
+    rate = _rate_in_turn if judge.template == "compact" else _rate_side_by_side
+    asked = rate(worker, judge, items, seeds)
+    results = [ratings for ratings, _ in asked]
+    cut = {i: found for i, (_, done) in enumerate(asked) if done and (found := _cut(judge, items[i][1:3], done))}
+    kept = [(items[i][0], cut[i][0], cut[i][1], *items[i][3:]) for i in cut]
+    again = rate_pairs(worker, _unfloored(judge), kept, [seeds[i] for i in cut]) if cut else []
+    for index, ratings in zip(cut, again, strict=True):
+        before = results[index]
+        lower = (_lower(before[0], ratings[0]), _lower(before[1], ratings[1])) if before and ratings else None
+        results[index] = lower
     return results
 
 
-def _rate_in_turn(
-    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[tuple[str, str, str]], seeds: Sequence[int]
-) -> list[tuple[Rating, Rating] | None]:
-    results: list[tuple[Rating, Rating] | None] = [None] * len(items)
-    firsts = rate_single(worker, judge, [(speech, first) for speech, first, _ in items], seeds)
+_Compared = list[tuple[tuple[Rating, Rating] | None, Completion | None]]
+
+
+def _rate_side_by_side(
+    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[PairItem], seeds: Sequence[int]
+) -> _Compared:
+    prompts = [pair_prompt(speech, first, second, *history) for speech, first, second, *history in items]
+    form = _Form(json.dumps(pair_schema(judge.max_evidence_chars)), parse_pair, judge.max_tokens, None)
+    texts = [item[1:3] for item in items]
+    results: _Compared = []
+    for ratings, completion, _ in _ask(worker, judge, prompts, seeds, form, texts, _sources(items)):
+        if ratings is None:
+            results.append((None, None))
+            continue
+        first, second = (
+            _finished(rating, completion, judge, _under_floor(judge, completion, texts[len(results)], side))
+            for side, rating in enumerate(ratings)
+        )
+        results.append(((first, second), completion))
+    return results
+
+
+def _rate_in_turn(worker: VLLMWorker, judge: JudgeConfig, items: Sequence[PairItem], seeds: Sequence[int]) -> _Compared:
+    results: _Compared = [(None, None)] * len(items)
+    judge = judge.model_copy(update={"mode": "evidence"})
+    firsts = rate_single(worker, judge, [(item[0], item[1]) for item in items], seeds)
     places, prompts = [], []
-    for index, ((speech, first, second), (rating, *_)) in enumerate(zip(items, firsts, strict=True)):
+    for index, ((speech, first, second, *_), (rating, *_)) in enumerate(zip(items, firsts, strict=True)):
         if rating is None:
             continue
         given = {"role": "assistant", "content": dump(answer(rating.ratings, rating.evidence))}
         prompts.append([*single_prompt(speech, first, judge.template), given, second_turn(second)])
         places.append(index)
-    schema = json.dumps(single_schema(judge.max_evidence_chars))
-    spans = [[items[index][1], items[index][2]] for index in places]
-    asked = _ask(worker, judge, prompts, [seeds[index] for index in places], schema, spans, parse_single)
+    form, texts = _single_form(judge, "evidence", expected=False), [items[index][1:3] for index in places]
+    sources = _sources([items[index] for index in places])
+    asked = _ask(worker, judge, prompts, [seeds[index] for index in places], form, texts, sources)
     for index, (rating, completion, _) in zip(places, asked, strict=True):
         before = firsts[index][0]
         if rating is not None and before is not None:
-            results[index] = (before, _floor(rating) if _under_floor(judge, completion, 1) else rating)
+            floored = _under_floor(judge, completion, items[index][1:3], 1)
+            results[index] = ((before, _floor(rating) if floored else rating), completion)
     return results
 
 
@@ -100,68 +207,55 @@ def _ask(
     judge: JudgeConfig,
     prompts: Sequence[Messages],
     seeds: Sequence[int],
-    schema: str,
-    spans: Sequence[Sequence[str]],
-    parse: Callable[[str], T | None],
+    form: _Form[T],
+    texts: Sequence[Sequence[str]],
+    sources: Sequence[str],
 ) -> list[tuple[T | None, Completion, int]]:
-    """Ask, parse, and ask again what failed; the floors are those of the first try (the prompt is the same)."""
-    wanted_spans = spans if judge.fluency_floor is not None else None
-    sampling = SamplingConfig(temperature=judge.temperature, max_tokens=judge.max_tokens)
-    first = worker.generate(prompts, seeds, sampling, schema, wanted_spans)
-    found: list[T | None] = [parse(c.text) if c.error is None else None for c in first]
+    """Ask, parse, and ask again what failed; the floors are those of the first try (the prompt is the same).
+
+    Args:
+        texts: the responses in each prompt, in order.
+        sources: all text in each prompt that the judge may quote.
+    """
+
+    def read(index: int, completion: Completion) -> T | None:
+        if completion.error is not None or refuses(completion.text, sources[index]):
+            return None
+        return form.parse(completion.text)
+
+    wanted_spans = None
+    if judge.fluency_floor is not None:
+        wanted_spans = [[part for text in sides for part in pieces(shown(text, judge.template))] for sides in texts]
+    sampling = SamplingConfig(temperature=judge.temperature, max_tokens=form.max_tokens)
+    last = worker.generate(prompts, seeds, sampling, form.schema, wanted_spans, form.digits)
+    found = [read(index, completion) for index, completion in enumerate(last)]
     attempts = [1] * len(prompts)
-    sampling = SamplingConfig(temperature=max(judge.temperature, _RETRY_TEMPERATURE), max_tokens=judge.max_tokens)
+    sampling = SamplingConfig(temperature=max(judge.temperature, _RETRY_TEMPERATURE), max_tokens=form.max_tokens)
     for retry in range(1, judge.retries + 1):
-        failed = [i for i, value in enumerate(found) if value is None and first[i].error is None]
+        failed = [i for i, value in enumerate(found) if value is None and last[i].error is None]
         if not failed:
             break
-        again = worker.generate([prompts[i] for i in failed], [seeds[i] + retry for i in failed], sampling, schema)
+        asked = [prompts[i] for i in failed]
+        again = worker.generate(asked, [seeds[i] + retry for i in failed], sampling, form.schema, None, form.digits)
         for index, completion in zip(failed, again, strict=True):
             attempts[index] += 1
-            found[index] = parse(completion.text)
-    return list(zip(found, first, attempts, strict=True))
+            found[index] = read(index, completion)
+            spent = last[index].output_tokens + completion.output_tokens
+            floors, means = last[index].span_floors, last[index].span_means
+            last[index] = replace(completion, output_tokens=spent, span_floors=floors, span_means=means)
+    return list(zip(found, last, attempts, strict=True))
 
 
-def _under_floor(judge: JudgeConfig, completion: Completion, side: int) -> bool:
-    floors = completion.span_floors
-    return judge.fluency_floor is not None and side < len(floors) and floors[side] < judge.fluency_floor
+def _under_floor(judge: JudgeConfig, completion: Completion, texts: Sequence[str], side: int) -> bool:
+    """Whether a token of that response is under the floor."""
+    if judge.fluency_floor is None:
+        return False
+    counts = [len(pieces(shown(text, judge.template))) for text in texts]
+    start = sum(counts[:side])
+    return any(floor < judge.fluency_floor for floor in completion.span_floors[start : start + counts[side]])
 
 
 def _floor(rating: Rating) -> Rating:
     """Text that the judge itself finds impossible is not clear, whatever it rated."""
-    return Rating(rating.ratings | {"clarity": MIN_RATING}, rating.evidence)
-
-
-class JudgeBatch:
-    """Rows with `question` and `response` to rows of `schema.RATING` with an `error` column (Ray Data stage)."""
-
-    def __init__(self, spec: EngineSpec, model: str, judge: JudgeConfig, reporter: Reporter | None) -> None:
-        self._worker = VLLMWorker(spec)
-        self._worker.use(model)
-        self._judge, self._reporter = judge, reporter
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.to_pylist()
-        items = [(row["question"], row["response"]) for row in rows]
-        rated = rate_single(self._worker, self._judge, items, [row["seed"] for row in rows])
-        if self._reporter:
-            self._reporter.add(len(rows), sum(completion.output_tokens for *_, completion in rated))
-        out = [rating_row(row, *result) for row, result in zip(rows, rated, strict=True)]
-        return pa.Table.from_pylist(out, schema=RATING.append(pa.field("error", pa.string())))
-
-
-def rating_row(
-    row: Mapping[str, Any], rating: Rating | None, floored: bool, attempts: int, completion: Completion
-) -> dict[str, Any]:
-    """A rating row of `schema.RATING`."""
-    return {
-        **{name: row[name] for name in ("request_id", "speech_id", "split", "model")},
-        **{f"{stem}_rating": rating.ratings[stem] if rating else None for stem in STEMS},
-        **{f"{stem}_evidence": rating.evidence[stem] if rating else None for stem in STEMS},
-        "overall": rating.overall if rating else None,
-        "floored": floored,
-        "attempts": attempts,
-        "prompt_tokens": completion.prompt_tokens,
-        "output_tokens": completion.output_tokens,
-        "error": completion.error or (None if rating else FAILED),
-    }
+    expected = rating.expected | {"clarity": float(MIN_RATING)} if rating.expected else None
+    return Rating(rating.ratings | {"clarity": MIN_RATING}, rating.evidence, expected)

@@ -16,8 +16,9 @@ import pytest
 from psycho import storage
 from psycho.config import load_config
 from psycho.evaluation.comparison import summarise
-from psycho.evaluation.metrics import audit_reward_margins
+from psycho.evaluation.metrics import audit_reward_margins, clustered_rate
 from psycho.evaluation.winrate import win_rate
+from psycho.preferences.audit import audit_pairs
 from psycho.principles import STEMS, overall
 from psycho.run import Run, StageResult
 from psycho.schema import CLIENT_SPEECH, PREFERENCE_PAIR, RATING, RESPONSE
@@ -120,6 +121,8 @@ class FakeRun:
                 pairs[split].append(_pair(chosen, rejected, gap))
         for split, rows in pairs.items():
             self._table(rows, PREFERENCE_PAIR, partial, "preferences", split)
+        audit = audit_pairs(pairs, clustered_rate)
+        storage.write_text(storage.join(partial, "preferences", "audit.json"), json.dumps(audit))
         kept = {split: len(rows) for split, rows in pairs.items()}
         return StageResult(
             rows_in=sum(kept.values()) + len(left_out),

@@ -61,7 +61,19 @@ def test_whole_page_holds_every_section_and_figure(fake_run: Any) -> None:
         assert f'<h2 id="{section}">' in html
         assert f'href="#{section}"' in html
     assert figures(html) == {
-        *("win-rate", "reliability", "correlation", "overall", "loss", "rewards", "rounds", "gap", "who", "ratings")
+        *(
+            "win-rate",
+            "reliability",
+            "correlation",
+            "overall",
+            "loss",
+            "rewards",
+            "rounds",
+            "gap",
+            "length",
+            "who",
+            "ratings",
+        )
     }
     assert "never faces clients alone" in html
     assert "drafts that a" in html
@@ -112,8 +124,8 @@ def test_figures_follow_the_colours_of_the_page(fake_run: Any) -> None:
     [
         ("prepare", set()),
         ("judge", {"ratings"}),
-        ("pair", {"ratings", "gap", "who"}),
-        ("train_dpo", {"ratings", "gap", "who", "loss", "rewards"}),
+        ("pair", {"ratings", "gap", "length", "who"}),
+        ("train_dpo", {"ratings", "gap", "length", "who", "loss", "rewards"}),
     ],
 )
 def test_a_partial_run_gives_a_partial_page(fake_run: Any, last: str, there: set[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 from psycho.config import JudgeConfig, SamplingConfig
 from psycho.evaluation.comparison import both_orders
 from psycho.inference.worker import Completion
-from psycho.judging.judge import FAILED, rate_pairs, rate_single, rating_row
-from psycho.judging.rubric import answer, dump
+from psycho.judging.digits import rating_places
+from psycho.judging.judge import rate_pairs, rate_single
+from psycho.judging.rows import FAILED, FAILURES, rating_row
+from psycho.judging.rubric import answer, dump, single_schema
 from psycho.principles import STEMS
 from psycho.schema import RATING
 
@@ -38,6 +42,7 @@ class FakeWorker:
         sampling: SamplingConfig,
         schema: str | None = None,
         spans: Sequence[Sequence[str]] | None = None,
+        digits: str | None = None,
     ) -> list[Completion]:
         prompts = [messages[-1]["content"] for messages in conversations]
         self.calls.append(
@@ -48,6 +53,7 @@ class FakeWorker:
                 "sampling": sampling,
                 "schema": schema,
                 "spans": spans,
+                "digits": digits,
             }
         )
         answers = []
@@ -86,7 +92,7 @@ def test_an_answer_that_never_parses_is_left_out_with_a_reason(retries):
     assert [attempts for _, _, attempts, _ in rated] == [1, 1 + retries, 1, 1]
     asked = [seed for call in worker.calls[1:] for seed in call["seeds"]]
     assert asked == [2 + n for n in range(1, retries + 1)]
-    row = rating_row(REQUEST, *rated[1])
+    row = rating_row(REQUEST, judge(), *rated[1])
     assert row["error"] == FAILED and row["overall"] is None
     assert all(row[f"{stem}_rating"] is None and row[f"{stem}_evidence"] is None for stem in STEMS)
 
@@ -99,12 +105,12 @@ def test_a_prompt_that_cannot_be_served_is_not_asked_again_and_keeps_its_reason(
     worker = FakeWorker(lambda prompt, n: long if "reply 0" in prompt else dump(ratings(5)))
     rated = rate_single(worker, judge(retries=3), ITEMS, [1, 2, 3, 4])
     assert len(worker.calls) == 1 and rated[0][0] is None and rated[1][0].overall == 5
-    assert rating_row(REQUEST, *rated[0])["error"] == long.error
+    assert rating_row(REQUEST, judge(), *rated[0])["error"] == long.error
 
 
 def test_a_rating_row_is_of_the_schema():
     [rated] = rate_single(FakeWorker(lambda *_: dump(ratings(4))), judge(), ITEMS[:1], [1])
-    row = rating_row(REQUEST, *rated)
+    row = rating_row(REQUEST, judge(), *rated)
     assert set(row) == {*RATING.names, "error"}
     assert (row["error"], row["overall"], row["clarity_rating"], row["attempts"], row["output_tokens"]) == (
         None,
@@ -147,9 +153,8 @@ def comparing(rate: Callable[[str, bool], int]) -> Callable[[str, int], str]:
     """A judge that rates each text by `rate(text, stands first)`, in both formats."""
 
     def reply(prompt: str, _: int) -> str:
-        if "First response:" in prompt:
-            first, rest = prompt.split("First response:\n")[1].split("\n\nSecond response:\n")
-            second = rest.split("\n\n")[0]
+        if "<first_response>" in prompt:
+            first, second = re.findall(r"<(?:first|second)_response>\n(.*?)\n</", prompt)
             return dump({"first": ratings(rate(first, True)), "second": ratings(rate(second, False))})
         return dump(ratings(rate(prompt.split("Reply: ")[1], not prompt.startswith("\n"))))
 
@@ -201,3 +206,88 @@ def test_a_planted_judge_flips_the_label(template, favourite, expected):
 def test_a_judge_who_favours_a_place_favours_nobody(template):
     worker = FakeWorker(comparing(lambda text, first: 5 if first else 4))
     assert both_orders(*rate_pairs(worker, judge(template=template), BOTH_ORDERS, [1, 2])) == 0.5
+
+
+DIRECT = {"mode": "direct", "template": "rubric"}
+
+
+def test_direct_ratings_are_seven_digits_of_one_token_each():
+    worker = FakeWorker(lambda *_: "5432154")
+    [(rating, *_)] = rate_single(worker, judge(**DIRECT), ITEMS[:1], [1])
+    assert list(rating.ratings.values()) == [5, 4, 3, 2, 1, 5, 4] and set(rating.evidence.values()) == {""}
+    [call] = worker.calls
+    assert (call["schema"], call["digits"], call["sampling"].max_tokens) == (None, "only", 7)
+
+
+def test_direct_ratings_of_a_compact_judge_are_its_own_json_without_quotations():
+    worker = FakeWorker(lambda *_: dump(ratings(2)))
+    [(rating, *_)] = rate_single(worker, judge(mode="direct"), ITEMS[:1], [1])
+    assert rating.overall == 2 and worker.calls[0]["schema"] == json.dumps(single_schema(200, quoted=False))
+
+
+@pytest.mark.parametrize("text", ["543215", "54321543", "5432150", "five", "", "5 4 3 2 1 5 4"])
+def test_digits_that_are_not_seven_ratings_are_no_rating(text):
+    [(rating, _, attempts, _)] = rate_single(FakeWorker(lambda *_: text), judge(**DIRECT), ITEMS[:1], [1])
+    assert rating is None and attempts == 2
+
+
+REFUSAL = "I cannot rate this conversation."
+
+
+@pytest.mark.parametrize(
+    ("completion", "status"),
+    [
+        (Completion(text=TORN, finish_reason="length"), "truncated"),
+        (Completion(text=TORN, finish_reason="stop"), "unparsed"),
+        (Completion(text=REFUSAL, finish_reason="stop"), "refused"),
+        (Completion(text=dump(answer(dict.fromkeys(STEMS, 1), dict.fromkeys(STEMS, REFUSAL)))), "refused"),
+        (Completion(error="prompt of 9000 tokens is over the model's limit of 8192"), "unserved"),
+    ],
+)
+def test_why_there_is_no_rating_is_said(completion, status):
+    """A refusal inside the grammar's strings is one too: its ratings are not meant."""
+    [rated] = rate_single(FakeWorker(lambda *_: completion), judge(), ITEMS[:1], [1])
+    row = rating_row(REQUEST, judge(), *rated)
+    assert rated[0] is None and row["status"] == status and row["overall"] is None
+    assert row["error"] == completion.error or row["error"] == FAILURES[status]
+
+
+def test_a_quoted_refusal_is_evidence():
+    """A counsellor may have written the words of a refusal; then to quote them is to rate."""
+    quoting = dump(answer(dict.fromkeys(STEMS, 1), dict.fromkeys(STEMS, "I cannot assist you")))
+    item = ("speech", "I cannot assist you with that.")
+    [(rating, *_)] = rate_single(FakeWorker(lambda *_: quoting), judge(), [item], [1])
+    assert rating.overall == 1
+
+
+def test_expected_ratings_are_asked_for_where_they_are_wanted():
+    text = dump(ratings(4))
+    sure = tuple((place, (-9.0, -9.0, -9.0, -0.1, -9.0)) for place in rating_places(text).values())
+    worker = FakeWorker(lambda *_: Completion(text=text, digits=sure, span_floors=(-9.0,)))
+    [(rating, *_)] = rate_single(worker, judge(), ITEMS[:1], [1], expected=True)
+    assert worker.calls[0]["digits"] == "read" and rating.expected_overall == pytest.approx(4, abs=0.01)
+    [(floored, *_)] = rate_single(worker, judge(fluency_floor=-8.0), ITEMS[:1], [1], expected=True)
+    assert floored.expected["clarity"] == 1 and floored.expected["empathy"] > 3.9
+    rate_single(worker, judge(), ITEMS[:1], [1])
+    assert worker.calls[-1]["digits"] is None
+
+
+def test_the_rubric_shows_the_earlier_turns_before_the_speech():
+    worker = FakeWorker(lambda *_: dump(ratings(4)))
+    history = json.dumps([{"role": "user", "content": "Hello <b>"}, {"role": "assistant", "content": "Welcome"}])
+    rate_single(worker, judge(template="rubric"), [("I feel lost", "Oh", history), ("I feel lost", "Oh", None)], [1, 2])
+    with_turns, without = worker.calls[0]["prompts"]
+    assert with_turns.startswith(
+        "<earlier_client>\nHello &lt;b&gt;\n</earlier_client>\n\n<earlier_counsellor>\nWelcome\n</earlier_counsellor>"
+    )
+    assert with_turns.endswith(without)
+
+
+def test_entities_of_the_rubric_are_turned_back_in_the_evidence():
+    quoting = dump(answer(dict.fromkeys(STEMS, 3), dict.fromkeys(STEMS, "a &lt; b &amp;amp;")))
+    item = ("speech", "a < b &amp;")
+    for template, evidence in (("rubric", "a < b &amp;"), ("compact", "a &lt; b &amp;amp;")):
+        worker = FakeWorker(lambda *_: quoting)
+        [(rating, *_)] = rate_single(worker, judge(template=template, fluency_floor=-8.0), [item], [1])
+        assert rating.evidence["clarity"] == evidence
+        assert worker.calls[0]["spans"][0][0] in worker.calls[0]["prompts"][0]

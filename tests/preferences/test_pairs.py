@@ -61,11 +61,16 @@ CONFIG = st.builds(
     min_gap=st.integers(0, 28).map(lambda n: n / 7) | st.sampled_from([0.0, 0.5, 1.0]),
     min_test_gap=st.integers(0, 14).map(lambda n: n / 7),
     max_pairs_per_speech=st.none() | st.integers(1, 4),
+    max_safety_loss=st.none() | st.integers(1, 4),
 )
 
 
 def gap(chosen: dict[str, Any], rejected: dict[str, Any]) -> Fraction:
     return Fraction(chosen["sevenths"] - rejected["sevenths"], 7)
+
+
+def safety_loss(chosen: dict[str, Any], rejected: dict[str, Any]) -> int:
+    return rejected["safety_rating"] - chosen["safety_rating"]
 
 
 def exact(number: float) -> Fraction:
@@ -82,6 +87,7 @@ def test_train_pairs_are_those_of_a_slow_and_obvious_version(rows, config):
         if gap(better, worse) > 0
         and gap(better, worse) >= exact(config.min_gap)
         and better["response"] != worse["response"]
+        and (config.max_safety_loss is None or safety_loss(better, worse) < config.max_safety_loss)
     }
     kept, dropped = train_pairs(rows, config)
     found = [(c["request_id"], r["request_id"]) for c, r in kept]
@@ -110,7 +116,8 @@ def test_a_test_pair_is_the_best_against_the_worst(rows, config):
         chosen, rejected = best
         assert (chosen["sevenths"], rejected["sevenths"]) == (max(sums), min(sums))
         assert gap(chosen, rejected) > 0 and gap(chosen, rejected) >= exact(config.min_test_gap)
-    elif len(rows) > 1 and dropped[0]["reason"] != "same text":
+        assert config.max_safety_loss is None or safety_loss(chosen, rejected) < config.max_safety_loss
+    elif len(rows) > 1 and dropped[0]["reason"] in ("tie", "gap under pairs.min_test_gap"):
         widest = Fraction(max(sums) - min(sums), 7)
         assert widest == 0 or widest < exact(config.min_test_gap)
 
@@ -158,6 +165,65 @@ def test_left_out_rows_hold_no_text():
 @pytest.mark.parametrize("rows", [[], [of_sum(0, 20)]])
 def test_fewer_than_two_responses_are_no_candidate(rows):
     assert train_pairs(rows, PairsConfig()) == ([], []) and test_pair(rows, PairsConfig()) == (None, [])
+
+
+def test_no_pair_prefers_the_less_safe_response_and_it_is_counted():
+    unsafe = response(0, (5, 5, 5, 2, 5, 5, 5))  # better by 1.1 on average, and less safe by 1
+    safe = response(1, (4, 3, 4, 3, 4, 3, 3))
+    for maker in (train_pairs, test_pair):
+        kept, dropped = maker([unsafe, safe], PairsConfig())
+        assert not kept and [row["reason"] for row in dropped] == ["less safe by 1"]
+    assert len(train_pairs([unsafe, safe], PairsConfig(max_safety_loss=2))[0]) == 1
+    assert len(train_pairs([unsafe, safe], PairsConfig(max_safety_loss=None))[0]) == 1
+
+
+STRATEGIES = ("all", "best_worst", "best_random", "top_margin")
+
+
+@settings(deadline=None)
+@given(speech(), CONFIG, st.sampled_from(STRATEGIES), st.integers(0, 3))
+def test_every_strategy_takes_from_the_same_pairs_and_accounts_for_the_rest(rows, config, strategy, seed):
+    everything = config.model_copy(update={"max_pairs_per_speech": None})
+    eligible = {(c["request_id"], r["request_id"]) for c, r in train_pairs(rows, everything, seed)[0]}
+    kept, dropped = train_pairs(rows, config.model_copy(update={"strategy": strategy}), seed)
+    found = [(c["request_id"], r["request_id"]) for c, r in kept]
+    assert len(found) == len(set(found)) and set(found) <= eligible
+    assert len(kept) + len(dropped) == len(rows) * (len(rows) - 1) // 2
+    assert len({row["pair"] for row in dropped}) == len(dropped) and all(row["reason"] for row in dropped)
+    ranking = sorted(rows, key=lambda row: (-row["sevenths"], row["request_id"]))
+    for chosen, rejected in kept:
+        if strategy in ("best_worst", "best_random"):
+            assert chosen["request_id"] == ranking[0]["request_id"] and len(kept) == 1
+        if strategy == "best_worst":
+            assert rejected["request_id"] == ranking[-1]["request_id"]
+    if strategy == "top_margin":
+        assert len(kept) == min(config.max_pairs_per_speech or 1, len(eligible))
+    if strategy == "best_random" and any(c == ranking[0]["request_id"] for c, _ in eligible):
+        assert len(kept) == 1
+
+
+def test_best_against_a_random_one_is_random():
+    """PEERS.md, bug 3: each worse response is taken as often as any other, and a seed always takes the same."""
+    config = PairsConfig(strategy="best_random", min_gap=0.1)
+    counts = dict.fromkeys(("a", "b", "c"), 0)
+    for number in range(3000):
+        rows = [of_sum(place, 30 - 5 * place, text) for place, text in enumerate(("best", "a", "b", "c"))]
+        rows = [row | {"request_id": f"{number}-{row['request_id']}"} for row in rows]
+        (pair,), _ = train_pairs(rows, config, seed=1)
+        counts[pair[1]["response"]] += 1
+        assert pair[0]["response"] == "best" and train_pairs(rows, config, seed=1)[0] == [pair]
+    # chi-square with 2 degrees of freedom: above 13.8 once in a thousand draws; these are fixed by their ids
+    assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 13.8
+    other = [train_pairs(rows, config, seed=seed)[0][0][1]["response"] for seed in range(40)]
+    assert set(other) == {"a", "b", "c"}
+
+
+def test_ties_of_a_whole_speech_give_no_pair_by_any_strategy():
+    """PEERS.md, bug 2: all ratings tie, and chosen and rejected are the same."""
+    rows = [of_sum(number, 21) for number in range(4)]
+    for strategy in STRATEGIES:
+        kept, dropped = train_pairs(rows, PairsConfig(min_gap=0, strategy=strategy))
+        assert kept == [] and [row["reason"] for row in dropped] == ["tie"] * 6
 
 
 def a_row() -> dict[str, Any]:

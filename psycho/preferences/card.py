@@ -1,0 +1,149 @@
+"""The card of an exported data set: what it is, where it came from, what is wrong with it, whose words are in it.
+
+Everything is said from the run's own manifests. What the run did not look at (personal data, for one) is said to be
+unknown rather than left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from psycho.principles import PRINCIPLES
+
+_LANGUAGE = re.compile("[a-z]{2,3}")  # ISO 639, the only names the hub takes
+_SHORTCUTS = {
+    "longer": "taking the longer response",
+    "length": "a rule fitted on lengths alone",
+    "opening": "a rule fitted on the first five words alone",
+}
+
+
+def card(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that the hub and `datasets` read.
+
+    Args:
+        counts: pairs by split of the hub.
+        facts: `name`, `licence`, `sources`, `judge`, `models`, `pairs` (settings), `audit` (`preferences/audit.json`),
+            `left_out` (by reason), `personal_data` and `languages` (counts; None: nobody looked) and `nano`.
+    """
+    parts = [
+        _front_matter(counts, facts),
+        f"# {facts['name']}: preferences for counselling responses",
+        "Pairs of a better and a worse response to what a client says, by seven principles of good counselling "
+        "([arXiv 2502.19731](https://arxiv.org/abs/2502.19731)), made by psycho.",
+        "**For research on drafting aids for therapists.** What is trained on it writes drafts that a therapist reads, "
+        "changes and answers for. It never faces clients alone and is no substitute for care in a crisis.",
+        "## How to load it\n\n" + _loading(),
+        "## Counts\n\n" + _counts(counts, facts),
+        "## Sources and licence\n\n" + _sources(facts),
+        "## Labels\n\n" + _labels(facts),
+        "## Personal data\n\n" + _personal_data(facts),
+        "## Caveats\n\n" + _caveats(facts),
+        "## Columns\n\n" + _columns(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
+    def files(folder: str) -> list[dict[str, str]]:
+        return [{"split": split, "path": f"{folder}/{split}-*.parquet"} for split in counts]
+
+    codes = [code for code in facts["languages"] or () if _LANGUAGE.fullmatch(code)]
+    matter = {
+        "license": facts["licence"],
+        **({"language": sorted(codes)} if codes else {}),
+        "tags": ["counselling", "preference-learning", "dpo", "reward-modelling"],
+        "configs": [
+            {"config_name": "default", "data_files": files("data"), "default": True},
+            {"config_name": "conversational", "data_files": files("conversational")},
+        ],
+    }
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
+
+
+def _loading() -> str:
+    return (
+        "`load_dataset(<this>)` gives the published columns and `prompt`, the conversation as plain text: TRL's "
+        "`DPOTrainer` and `RewardTrainer` take it as it is. For a model with a chat template use "
+        '`load_dataset(<this>, "conversational")`, the same pairs as messages. In psycho: `pairs.source: <this>`.'
+    )
+
+
+def _counts(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
+    lines = ["| split | pairs | client speeches | mean gap |", "|---|---|---|---|"]
+    names = {"train": "train", "validation": "dev", "test": "test"}
+    for split, pairs in counts.items():
+        audit = facts["audit"].get(names[split])
+        more = f"{audit['speeches']:,} | {audit['gap']['mean']:.2f}" if audit else "– | –"
+        lines.append(f"| {split} | {pairs:,} | {more} |")
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in facts["left_out"].items()) or "none"
+    lines += ["", f"Candidates that became no pair: {left_out}. No client speech is in two splits."]
+    return "\n".join(lines)
+
+
+def _sources(facts: Mapping[str, Any]) -> str:
+    models = ", ".join(facts["models"]) or "unknown"
+    return (
+        f"Client speeches: {facts['sources']}. Responses: {models}. Licence: {facts['licence']}. The licences of the "
+        "speeches and of the models whose output this is hold beside it."
+    )
+
+
+def _labels(facts: Mapping[str, Any]) -> str:
+    pairs = facts["pairs"]
+    stems = ", ".join(principle.stem for principle in PRINCIPLES)
+    lines = [
+        f"Judge: {facts['judge']}. It rated each response from 1 to 5 on {stems}; the overall rating is their mean.",
+        f"Train pairs: strategy `{pairs['strategy']}`, gap at least {pairs['min_gap']:g}. Test pairs: a speech's best "
+        f"response against its worst, gap at least {pairs['min_test_gap']:g}. Ties make no pair.",
+    ]
+    if pairs["max_safety_loss"] is None:
+        lines.append("Safety is no constraint here: a chosen response may be rated less safe than the rejected one.")
+    else:
+        lines.append(f"No chosen response is rated less safe by {pairs['max_safety_loss']} or more.")
+    return "\n".join(lines)
+
+
+def _personal_data(facts: Mapping[str, Any]) -> str:
+    found = facts["personal_data"]
+    if facts["nano"]:
+        return "None: a grammar made the client speeches, and no person said them."
+    if found is None:
+        return (
+            "Not looked for: no search for names, places or other personal data was made before this was written. "
+            "Have it checked before you pass it on."
+        )
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in found.items()) or "none found"
+    return (
+        f"Found and masked before anything was stored, by pattern and model: {listed}. A search like this misses some. "
+        "Client speech is health data; treat it so."
+    )
+
+
+def _caveats(facts: Mapping[str, Any]) -> str:
+    lines = [
+        "- The labels are a model's opinion. No client and no therapist took part, unless the sources say so.",
+        "- A test pair is a best against a worst response, so that test accuracy is an easy figure.",
+    ]
+    for name, rule in facts["audit"].get("train", {}).get("shortcuts", {}).items():
+        if rule:
+            lines.append(
+                f"- Without reading, {_SHORTCUTS[name]} is right in {rule['accuracy']:.1%} of the train pairs "
+                f"(95 % interval {rule['low']:.1%} to {rule['high']:.1%}, n = {rule['n']:,})."
+            )
+    inverted = facts["audit"].get("train", {}).get("safety", {}).get("inverted")
+    if inverted is not None:
+        lines.append(f"- In {inverted:,} train pairs the chosen response is rated less safe than the rejected one.")
+    return "\n".join(lines)
+
+
+def _columns() -> str:
+    return (
+        "`ID`, `prefID`, `question`, `chosen`, `rejected`, `chosen_model`, `rejected_model` and fourteen "
+        "`{chosen,rejected}_{principle}_rating` are those of PsychoCounsel-Preference. Ours follow: `speech_id`, `gap` "
+        "(difference of the overall ratings), `history` (JSON of earlier turns, null for a single turn), `prompt`."
+    )

@@ -1,0 +1,99 @@
+"""The run's pairs as a data set: Parquet shards in the published schema with a card, on disk or on the hub.
+
+    python -m ray_jobs.export --config configs/nano.yaml --to data/pairs --licence cc-by-nc-4.0
+    python -m ray_jobs.export --config configs/nano.yaml --to data/pairs --licence cc-by-nc-4.0 --push owner/name
+
+Nothing leaves the machine without --push, and what is pushed is private until you say --public.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from psycho import storage
+from psycho.errors import BadInput
+from psycho.job import DEFAULT_CONFIG, Job, Options, execute
+from psycho.preferences.export import export_pairs, push
+from psycho.stages import starts_from_pairs
+
+UNKNOWN = "unknown"
+
+
+def export(
+    job: Job, to: str, licence: str = UNKNOWN, source: str | None = None, repository: str | None = None,
+    public: bool = False, rows_per_shard: int = 50_000,
+) -> None:  # fmt: skip
+    """Write the data set to `to`, and push it where a repository is named.
+
+    Raises:
+        BadInput: the pairs are not done, the folder is not empty, or a push lacks a licence or a local folder.
+    """
+    if not job.run.is_done("pair"):
+        raise BadInput(f"stage pair is not done in {job.run.root}; run it first")
+    if repository and licence == UNKNOWN:
+        raise BadInput("--push needs --licence, an SPDX id such as cc-by-nc-4.0; only you know what the sources allow")
+    if repository and storage.is_remote(to):
+        raise BadInput(f"--push sends a local folder and --to is {to}; give a local one")
+    facts = card_facts(job, licence, source)
+    counts = export_pairs(job.run.path("preferences"), to, facts, rows_per_shard)
+    told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    job.progress.say(f"{told} pairs -> {to}")
+    if licence == UNKNOWN:
+        job.progress.say("  note: the card says licence: unknown; name it with --licence before you pass it on")
+    if repository:
+        job.progress.say(f"pushed to {push(to, repository, private=not public)} ({'public' if public else 'private'})")
+
+
+def card_facts(job: Job, licence: str, source: str | None) -> dict[str, Any]:
+    """What the card says of the run, from its configuration and its manifests."""
+    config = job.config
+    pair, prepare = (job.run.manifest(name) or {} for name in ("pair", "prepare"))
+    audit = json.loads(storage.read_text(job.run.path("preferences", "audit.json")) or "{}")
+    imported = starts_from_pairs(config)
+    nano = config.speeches.source == "nano" and not imported
+    speeches = "made by the nano grammar of psycho" if nano else Path(config.speeches.source).name
+    if imported:
+        speeches = f"those of {Path(config.pairs.source or '').name}, imported"
+    wins = [win for split in audit.values() for win in split["wins"]]
+    return {
+        "name": config.name,
+        "licence": licence,
+        "sources": source or speeches,
+        "judge": "that of the imported set" if imported else Path(config.judge.model).name,
+        "models": sorted({win[side] for win in wins for side in ("chosen", "rejected")}),
+        "pairs": config.pairs.model_dump(mode="json"),
+        "audit": audit,
+        "left_out": pair.get("left_out", {}),
+        "personal_data": prepare.get("personal_data"),
+        "languages": {"en": 1} if nano else prepare.get("languages"),
+        "nano": nano,
+    }
+
+
+def command(
+    to: Annotated[str, typer.Option(help="folder of the data set: a path or an s3:// or gs:// URI")],
+    config: Annotated[Path, typer.Option(help="configuration file")] = DEFAULT_CONFIG,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")] = None,
+    licence: Annotated[str, typer.Option(help="SPDX id for the card, such as cc-by-nc-4.0")] = UNKNOWN,
+    source: Annotated[str | None, typer.Option(help="where the client speeches come from, for the card")] = None,
+    push: Annotated[str | None, typer.Option(help="also send it to this data set of the hub (owner/name)")] = None,
+    public: Annotated[bool, typer.Option("--public", help="with --push: for everybody to see")] = False,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="pairs in a Parquet file")] = 50_000,
+) -> None:
+    """the run's pairs as a data set with a card, and with --push on the hub"""
+
+    def recipe(job: Job) -> None:
+        export(job, to, licence, source, push, public, rows_per_shard)
+
+    raise typer.Exit(execute("export", recipe, Options(config, tuple(set_ or ()), run_dir)))
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+    app.command()(command)
+    app()

@@ -1,0 +1,75 @@
+"""Files of human ratings: every kind is read alike, a bad row is counted, a bad file is one sentence without text."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from psycho.errors import BadInput
+from psycho.judging.human import read_human_ratings
+from psycho.principles import STEMS
+
+RATINGS = {f"{stem}_rating": 3 for stem in STEMS}
+ROWS = [
+    {"speech": "I feel lost.", "response": "Oh.", **RATINGS, "rater": "A"},
+    {"speech": "I feel lost.", "response": "Oh.", **RATINGS, "rater": "B"},
+    {"speech": "I feel lost.", "response": "Ah.", **RATINGS, "rater": "A"},
+]
+
+
+def write(path, rows):
+    frame = pd.DataFrame(rows)
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_every_kind_is_read_alike_and_a_response_is_rated_once(tmp_path, kind):
+    human = read_human_ratings(write(tmp_path / f"ratings.{kind}", ROWS), 0)
+    assert [row["rater"] for row in human.rows] == ["A", "B", "A"] and human.quarantine == []
+    assert human.responses.num_rows == 2 and len({row["request_id"] for row in human.rows}) == 2
+    assert set(human.responses["speech_id"].to_pylist()) == {row["speech_id"] for row in human.rows}
+    same = read_human_ratings(write(tmp_path / "again.jsonl", ROWS), 0)
+    assert (same.digest, same.rows) == (human.digest, human.rows)
+
+
+@pytest.mark.parametrize("value", [0, 6, 3.5, None, "good", True])
+def test_a_row_without_seven_whole_ratings_is_left_out(tmp_path, value):
+    bad = ROWS[0] | {"clarity_rating": value}
+    human = read_human_ratings(write(tmp_path / "r.jsonl", [ROWS[0], bad | {"rater": "C"}, ROWS[2]]), 0)
+    assert len(human.rows) == 2
+    assert human.quarantine == [{"row": 2, "reason": "clarity_rating is not a whole number from 1 to 5"}]
+
+
+def test_a_row_without_text_is_left_out(tmp_path):
+    human = read_human_ratings(write(tmp_path / "r.csv", [ROWS[0], ROWS[0] | {"response": " "}]), 0)
+    assert human.quarantine == [{"row": 2, "reason": "no response"}] and human.rows[0]["question"] == "I feel lost."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.csv", None, "does not exist"),
+        ("ratings.xlsx", b"x", r"ends in '.xlsx'"),
+        ("r.csv", b"speech,response\na,b\n", "no column empathy_rating"),
+        ("r.csv", b"", "is not whole csv"),
+        ("r.csv", b"\xff\xfe\x00", "not UTF-8"),
+        ("r.jsonl", b'{"speech": "secret words"', "is not whole jsonl"),
+        ("r.parquet", b"PAR1 secret words", "is not whole parquet"),
+        ("r.csv", f"question,response,{','.join(RATINGS)}\n".encode(), "no row"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInput, match=said) as caught:
+        read_human_ratings(str(path), 0)
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,154 @@
+"""The stage `judge` and `--calibrate`, with made-up answers in place of the engine: counts balance, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from unittest.mock import Mock
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import ray_jobs.judge as recipe
+from psycho import storage
+from psycho.config import load_config
+from psycho.inference.worker import Completion
+from psycho.job import Job
+from psycho.judging.rows import rating_row
+from psycho.judging.rubric import Rating
+from psycho.principles import STEMS
+from psycho.progress import Progress
+from psycho.run import Run, StageResult
+from psycho.schema import CLIENT_SPEECH, RATING, RESPONSE
+from psycho.stages import CALIBRATION, STAGES
+from ray_jobs.cli import app
+
+CONFIG = Path(__file__).parents[2] / "configs" / "nano.yaml"
+PANEL = ("judge.mode=panel", "judge.panel=[{model: 'nano:judge'}, {model: 'nano:base'}, {model: 'nano:warm'}]")
+WORDS = "a secret thing that a client said"
+
+
+def answered(responses, folder, stage, arguments, *_):
+    """Every response rated 3, by the second judge of a panel 5; `nano:base` fails where the response says so."""
+    judge, rows = arguments["judge"], []
+    for row in responses.to_pylist():
+        failing = f"fails {judge.model}" in row["response"] or "fails all" in row["response"]
+        value = 5 if judge.model == "nano:base" else 3
+        rating = Rating(dict.fromkeys(STEMS, value), dict.fromkeys(STEMS, "none"), dict.fromkeys(STEMS, value - 0.25))
+        completion = Completion(finish_reason="length" if failing else "stop", prompt_tokens=50, output_tokens=7)
+        rows.append(rating_row(row, judge, None if failing else rating, False, 2 if failing else 1, completion))
+    return [pa.Table.from_pylist(rows, schema=RATING.append(pa.field("error", pa.string())))]
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A job whose run holds three responses to two speeches."""
+    monkeypatch.setattr(recipe, "run_batches", answered)
+    monkeypatch.setattr(recipe, "ensure_nano", lambda job: None)
+    monkeypatch.setattr(Job, "need_ray", lambda job: None)
+    monkeypatch.setattr(Progress, "stage", lambda *_: nullcontext(Mock()))
+
+    def start(*overrides, texts=("fine", "fails nano:base", "fails all")):
+        run = Run(load_config(CONFIG, overrides, str(tmp_path / "run")), STAGES)
+        run.open()
+        history = json.dumps([{"role": "user", "content": "earlier"}])
+        said = [
+            {"speech_id": f"s{n}", "question": WORDS, "split": "train", "topic": None, "history": turns}
+            for n, turns in enumerate((history, None))
+        ]
+        blank = dict.fromkeys(RESPONSE.names) | {"split": "train", "model": "m"}
+        rows = [
+            blank | {"request_id": f"r{n}", "speech_id": f"s{n % 2}", "seed": n, "response": text}
+            for n, text in enumerate(texts)
+        ]
+
+        def prepare(partial):
+            storage.write_table(pa.Table.from_pylist(said, schema=CLIENT_SPEECH), storage.join(partial, "speeches"))
+            return StageResult()
+
+        def generate(partial):
+            storage.write_table(pa.Table.from_pylist(rows, schema=RESPONSE), storage.join(partial, "responses"))
+            return StageResult()
+
+        run.execute("prepare", prepare)
+        run.execute("generate", generate)
+        return Job(run.config, run, ExitStack())
+
+    return start
+
+
+def test_what_has_no_rating_is_left_out_and_counted(start):
+    job = start()
+    recipe.judge(job)
+    manifest = job.run.manifest("judge")
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (3, 2, 1)
+    assert manifest["mode"] == "evidence" and manifest["disagreement"] == 0
+    assert manifest["status"] == {"ok": 2, "failed": 1, "truncated": 1}
+    [report] = manifest["judges"]
+    assert (report["model"], report["retried"], manifest["tokens"]) == ("nano:judge", 1, 21)
+    table = pq.read_table(job.run.path("ratings"))
+    assert table.schema.names == RATING.names and table["status"].to_pylist() == ["ok", "ok"]
+    left_out = storage.read_text(job.run.path("quarantine", "judge.jsonl"))
+    assert "cut short" in left_out and WORDS not in left_out
+
+
+def test_a_panel_is_joined_and_its_quorum_kept(start):
+    job = start(*PANEL)
+    recipe.judge(job)
+    manifest = job.run.manifest("judge")
+    assert manifest["status"] == {"ok": 1, "partial": 1, "failed": 1} and len(manifest["judges"]) == 3
+    whole, partial = pq.read_table(job.run.path("ratings")).to_pylist()
+    assert whole["clarity_rating"] == 4 and whole["clarity_expected"] == pytest.approx(11 / 3 - 0.25)
+    assert whole["disagreement"] > 0.9 and (partial["status"], partial["disagreement"]) == ("partial", 0)
+    assert manifest["disagreement"] == pytest.approx(whole["disagreement"] / 2)
+    assert "rated by 0 of 3 judges, the quorum is 2" in storage.read_text(job.run.path("quarantine", "judge.jsonl"))
+
+
+def test_earlier_turns_come_along(start):
+    table = recipe.responses_with_speech(start())
+    assert [row["history"] is None for row in table.to_pylist()] == [False, False, True]
+
+
+def human(tmp_path, n=6):
+    path = tmp_path / "human.jsonl"
+    rows = [{"speech": f"speech {i // 2}", "response": f"response {i}" + (" fails all" if i == 5 else ""),
+             **{f"{stem}_rating": 1 + i % 5 for stem in STEMS}} for i in range(n)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "clarity_rating": 9}])))
+    return str(path)
+
+
+def test_calibrate_compares_and_leaves_the_run_as_it_was(start, tmp_path):
+    job = start()
+    recipe.judge(job)
+    before = job.run.key("report")
+    recipe.calibrate(job, human(tmp_path))
+    found = json.loads(storage.read_text(job.run.path(*CALIBRATION)))
+    assert (found["judge"], found["n"], found["unrated"], found["speeches"]) == ("nano:judge", 5, 1, 3)
+    assert found["left_out"] == {
+        "clarity_rating is not a whole number from 1 to 5": 1,
+        "rating failed: the answer was cut short; raise judge.max_tokens": 1,
+    }
+    assert found["principles"]["empathy"]["bias"] == pytest.approx(0)  # 3 against 1..5
+    assert job.run.is_done("judge") and WORDS not in storage.read_text(job.run.path("quarantine", "calibrate.jsonl"))
+    assert not list(Path(job.run.root, ".partial").glob("calibrate*"))
+    assert Run(job.config, STAGES).key("report") != before, "a report made before it would not show it"
+
+
+def test_calibrate_may_use_a_panel(start, tmp_path):
+    job = start(*PANEL)
+    recipe.calibrate(job, human(tmp_path))
+    found = json.loads(storage.read_text(job.run.path(*CALIBRATION)))
+    assert found["judge"] == "mean of nano:judge, nano:base, nano:warm" and len(found["judges"]) == 3
+
+
+def test_one_job_alone_has_the_option(tmp_path):
+    runner = CliRunner()
+    assert "--calibrate" in runner.invoke(app, ["judge", "--help"], env={"COLUMNS": "160"}).output
+    assert "--calibrate" not in runner.invoke(app, ["pair", "--help"], env={"COLUMNS": "160"}).output
+    missing = runner.invoke(
+        app, ["judge", "--calibrate", "nowhere.csv", "--config", str(CONFIG), "--run-dir", str(tmp_path / "r")]
+    )
+    assert missing.exit_code == 2 and "nowhere.csv does not exist" in missing.output

@@ -1,0 +1,220 @@
+"""Pairs in the published schema: read from any file, checked row by row, split by speech."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from psycho.config import PairsConfig
+from psycho.errors import BadInput
+from psycho.preferences.build import import_pairs
+from psycho.preferences.published import RATINGS, read_published
+from psycho.principles import STEMS
+
+Row = dict[str, Any]
+
+
+def row(number: int, chosen: int = 4, rejected: int = 2, **more: Any) -> Row:
+    """A row as published: no speech id, no gap, no history."""
+    ratings = {f"{side}_{stem}_rating": r for side, r in (("chosen", chosen), ("rejected", rejected)) for stem in STEMS}
+    texts = {"question": f"How do I sleep, case {number}?", "chosen": f"Warm {number}", "rejected": f"Cold {number}"}
+    models = {"chosen_model": "m1", "rejected_model": "m2"}
+    return {"ID": f"q{number}", "prefID": 0, **texts, **models, **ratings, **more}
+
+
+def parquet(path: Path, rows: list[Row]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def jsonl(path: Path, rows: list[Row]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return str(path)
+
+
+def table(path: Path, rows: list[Row]) -> str:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+@pytest.mark.parametrize(("write", "name"), [(parquet, "p.parquet"), (jsonl, "p.jsonl"), (table, "p.csv")])
+def test_every_kind_of_file_reads_alike(tmp_path: Path, write: Any, name: str) -> None:
+    rows = [row(n, history=json.dumps([{"role": "user", "content": "before"}])) for n in range(40)]
+    found = read_published(PairsConfig(source=write(tmp_path / name, rows)), 0)
+    assert not found.quarantine and len(found.pairs) == len(found.speeches) == 40
+    first = found.pairs[0]
+    assert (first["ID"], first["speech_id"], first["prefID"], first["gap"]) == ("q0", "q0", 0, 2.0)
+    assert all(type(first[name]) is int for name in RATINGS)
+    assert json.loads(first["history"])[0]["content"] == "before"
+    assert found.speeches["q0"]["history"] == first["history"]
+
+
+def test_without_a_split_a_share_of_the_speeches_is_held_out(tmp_path: Path) -> None:
+    rows = [row(n) | {"prefID": k, "chosen": f"Warm {n} {k}"} for n in range(300) for k in range(3)]
+    source = parquet(tmp_path / "p.parquet", rows)
+    found = read_published(PairsConfig(source=source, test_share=0.2), 0)
+    sides = {name: {p["ID"] for p in found.pairs if p["split"] == name} for name in ("train", "evaluation")}
+    assert not sides["train"] & sides["evaluation"] and 30 < len(sides["evaluation"]) < 90
+    assert read_published(PairsConfig(source=source, test_share=0.2), 0).speeches == found.speeches
+    assert read_published(PairsConfig(source=source, test_share=0.2), 1).speeches != found.speeches
+
+
+def _folder(tmp_path: Path) -> PairsConfig:
+    parquet(tmp_path / "data" / "train-00000-of-00001.parquet", [row(n) for n in range(6)])
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [row(n) for n in range(6, 9)])
+    parquet(tmp_path / "other" / "train-0.parquet", [{"a": 1}])  # beside data/, and not read
+    return PairsConfig(source=str(tmp_path))
+
+
+def _run_folder(tmp_path: Path) -> PairsConfig:
+    parquet(tmp_path / "train" / "part-0.parquet", [row(n) for n in range(6)])
+    parquet(tmp_path / "test" / "part-0.parquet", [row(n) for n in range(6, 9)])
+    parquet(tmp_path / "groups" / "part-0.parquet", [{"a": 1}])
+    return PairsConfig(source=str(tmp_path))
+
+
+def _column(tmp_path: Path) -> PairsConfig:
+    rows = [row(n, split="train" if n < 6 else "test") for n in range(9)]
+    return PairsConfig(source=parquet(tmp_path / "p.parquet", rows))
+
+
+def _two_files(tmp_path: Path) -> PairsConfig:
+    train = parquet(tmp_path / "a.parquet", [row(n) for n in range(6)])
+    return PairsConfig(source=train, test_source=parquet(tmp_path / "b.parquet", [row(n) for n in range(6, 9)]))
+
+
+@pytest.mark.parametrize("where", [_folder, _run_folder, _column, _two_files])
+def test_the_split_that_the_source_names(tmp_path: Path, where: Any) -> None:
+    found = read_published(where(tmp_path), 0)
+    assert {p["ID"] for p in found.pairs if p["split"] == "evaluation"} == {"q6", "q7", "q8"}
+    assert {s for s, speech in found.speeches.items() if speech["split"] == "train"} == {f"q{n}" for n in range(6)}
+
+
+@pytest.mark.parametrize("same", ["row", "words"])
+def test_a_test_set_out_of_the_train_set_is_an_error(tmp_path: Path, same: str) -> None:
+    """PEERS.md, bug 4; also where the very rows are there twice, which are no duplicates to drop."""
+    again = row(2) if same == "row" else row(20, question=row(2)["question"].upper())
+    train = parquet(tmp_path / "a.parquet", [row(n) for n in range(6)])
+    test = parquet(tmp_path / "b.parquet", [row(9), again])
+    with pytest.raises(
+        BadInput, match=r"1 client speeches .* has ID q2\) are in both train and test.*resplit"
+    ) as caught:
+        read_published(PairsConfig(source=train, test_source=test), 0)
+    assert "sleep" not in str(caught.value)
+    found = read_published(PairsConfig(source=train, test_source=test, resplit=True, test_share=0.5), 0)
+    assert len({speech["split"] for speech in found.speeches.values() if "CASE 2" in speech["question"].upper()}) == 1
+
+
+BAD = {
+    "no text in question": {"question": None},
+    "no text in chosen": {"chosen": "  "},
+    "no text in rejected": {"rejected": None},
+    "chosen_safety_rating is not a whole number from 1 to 5": {"chosen_safety_rating": 6},
+    "rejected_empathy_rating is not a whole number from 1 to 5": {"rejected_empathy_rating": None},
+    "same text": {"rejected": "Warm 3 "},
+    "rejected is rated higher": {f"chosen_{stem}_rating": 1 for stem in STEMS},
+    "its ID belongs to another question": {"ID": "q0"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_row_goes_to_quarantine_with_its_reason(tmp_path: Path, reason: str) -> None:
+    rows = [row(n) for n in range(3)] + [row(3) | BAD[reason]] + [row(n) for n in range(4, 9)]
+    found = read_published(PairsConfig(source=jsonl(tmp_path / "p.jsonl", rows)), 0)
+    assert found.quarantine == [{"row": 4, "reason": reason}]
+    assert len(found.pairs) == 8
+
+
+def test_other_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    lines = [
+        json.dumps(row(0)),
+        "not json",
+        json.dumps(row(0)),
+        "[1]",
+        "",
+        json.dumps(row(1, chosen_safety_rating="4.0")),
+    ]
+    path.write_text("\n".join(lines))
+    found = read_published(PairsConfig(source=str(path)), 0)
+    assert [(r["row"], r["reason"]) for r in found.quarantine] == [
+        (2, "no text in question"),
+        (3, "exact duplicate"),
+        (4, "no text in question"),
+    ]
+    assert found.pairs[1]["chosen_safety_rating"] == 4
+
+
+def test_rows_without_id_or_models(tmp_path: Path) -> None:
+    bare = [
+        {k: v for k, v in row(n).items() if k not in ("ID", "prefID", "chosen_model", "rejected_model")} for n in (0, 1)
+    ]
+    found = read_published(PairsConfig(source=jsonl(tmp_path / "p.jsonl", bare)), 0)
+    assert len(set(found.speeches)) == 2 and {p["chosen_model"] for p in found.pairs} == {"unknown"}
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda p: str(p / "none.parquet"), "does not exist"),
+        (lambda p: str(p), r"holds no \.parquet"),
+        (lambda p: jsonl(p / "p.txt", [row(0)]), "ends in '.txt'"),
+        (lambda p: parquet(p / "p.parquet", [{"question": "x", "chosen": "y"}]), "no column rejected and 14 more"),
+        (lambda p: jsonl(p / "p.jsonl", []), "holds no rows"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, make: Any, sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        read_published(PairsConfig(source=make(tmp_path)), 0)
+
+
+def test_a_broken_parquet_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(BadInput, match=r"cannot be read as \.parquet"):
+        read_published(PairsConfig(source=str(tmp_path / "p.parquet")), 0)
+
+
+def test_a_data_set_of_the_hub_is_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[str] = []
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        sides = {"train": [row(n) for n in range(6)], "test": [row(n) for n in range(6, 9)]}
+        return datasets.DatasetDict({side: datasets.Dataset.from_list(rows) for side, rows in sides.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = read_published(PairsConfig(source="owner/pairs"), 0)
+    assert asked == ["owner/pairs"]
+    assert {p["ID"] for p in found.pairs if p["split"] == "evaluation"} == {"q6", "q7", "q8"}
+
+
+def test_the_run_s_constraints_hold_for_imported_pairs_too(tmp_path: Path) -> None:
+    less_safe = {"chosen_safety_rating": 2, "rejected_safety_rating": 4}
+    rows = [row(n) for n in range(8)]
+    rows += [row(8, 4, 4), row(9, 4, 4) | {"chosen_clarity_rating": 5}, row(10, 4, 2, **less_safe)]
+    rows += [row(11, 5, 1), row(11) | {"prefID": 1, "chosen": "other"}]
+    config = PairsConfig(source=parquet(tmp_path / "p.parquet", rows), test_share=0.2, max_pairs_per_speech=1)
+    published = read_published(config, 3)
+    for speech in published.speeches.values():  # so that the cases lie where the test needs them
+        speech["split"] = "train" if int(speech["speech_id"][1:]) > 2 else "evaluation"
+    found = import_pairs(published.pairs, published.speeches, config, 0)
+    assert found.kept + len(found.left_out) == len(rows)
+    assert found.counts["left_out"] == {
+        "tie": 1,
+        "gap under pairs.min_gap": 1,
+        "less safe by 2": 1,
+        "over pairs.max_pairs_per_speech": 1,
+    }
+    assert found.counts["less_safe"] == 1
+    assert [p["gap"] for p in found.splits["train"] if p["ID"] == "q11"] == [4.0]
