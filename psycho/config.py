@@ -51,14 +51,63 @@ class InferenceConfig(Section):
     batch_timeout_s: float = Field(3600, gt=0)
 
 
+class SamplingConfig(Section):
+    """Sampling of responses."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens; a remote endpoint gets it only when set")
+    repetition_penalty: float = Field(1.0, gt=0, description="1: none; a remote endpoint gets it only when set")
+    stop: tuple[str, ...] = Field((), description="texts that end an answer, beside the model's own stop tokens")
+
+
+class PriceConfig(Section):
+    """What a model costs, in one currency for the whole run, per million tokens."""
+
+    input: float = Field(0.0, ge=0)
+    output: float = Field(0.0, ge=0)
+
+
+class RemoteConfig(Section):
+    """An OpenAI-compatible endpoint."""
+
+    url: str = Field(..., pattern=r"^https?://", description="up to and with /v1; /chat/completions is added")
+    api_key_env: str | None = Field(None, description="environment variable that holds the key")
+    api_key_file: str | None = Field(None, description="file that holds the key and nothing else")
+    concurrency: int = Field(16, ge=1, description="requests open at once")
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0, description="prompt and answer together")
+    timeout_s: float = Field(120, gt=0, description="for one try, from the first byte sent to the last received")
+    tries: int = Field(6, ge=1, description="of one request; then it goes to quarantine")
+    backoff_s: float = Field(1.0, gt=0, description="wait after the first failure; doubles, with jitter")
+    max_backoff_s: float = Field(60.0, gt=0, description="longest wait of ours; Retry-After may ask for more")
+    omit: tuple[str, ...] = Field((), description="fields that the endpoint does not take, as seed or top_p")
+    token_limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+
 class ModelConfig(Section):
-    """A model of the pool: a folder, a hub id, or `nano:<name>` of the embedded world."""
+    """A model of the pool: a folder, a hub id, `nano:<name>` of the embedded world, or a name at an endpoint."""
 
     name: str
     model: str
     parameters_b: float | None = Field(None, gt=0, description="size in 10^9 parameters, for estimates")
     engine: EngineConfig | None = Field(None, description="instead of inference.engine")
     gpus_per_worker: float | None = Field(None, ge=0)
+    weight: float = Field(1.0, gt=0, description="how often it is drawn, next to the others' weights")
+    sampling: SamplingConfig | None = Field(None, description="instead of generation.sampling")
+    system_prompt: str | None = Field(None, description="instead of generation.system_prompt; '' for none")
+    template_variables: dict[str, Any] = Field(
+        default_factory=dict, description="of the chat template, as enable_thinking: false"
+    )
+    price: PriceConfig = PriceConfig()
+    remote: RemoteConfig | None = Field(None, description="where `model` is served; none: vLLM on this cluster")
+
+    @model_validator(mode="after")
+    def _place(self) -> ModelConfig:
+        if self.remote and (self.engine or self.gpus_per_worker):
+            raise ValueError(f"model {self.name} is remote; engine and gpus_per_worker are for local models")
+        return self
 
 
 class SpeechesConfig(Section):
@@ -100,12 +149,20 @@ class SpeechesConfig(Section):
         return self
 
 
-class SamplingConfig(Section):
-    """Sampling of responses."""
+Policy = Literal["keep", "retry", "quarantine"]
 
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(1024, ge=1)
+
+class MarksConfig(Section):
+    """What becomes of an answer that is not ok; `retry` asks with a new seed, then keeps what it has.
+
+    Whatever the policy, an answer that is still empty after its tries goes to quarantine: there is nothing to rate.
+    """
+
+    empty: Policy = "quarantine"
+    truncated: Policy = "keep"
+    refused: Policy = "keep"
+    looping: Policy = "keep"
+    retries: int = Field(2, ge=1, description="new seeds that a marked answer gets under `retry`")
 
 
 class GenerationConfig(Section):
@@ -115,6 +172,8 @@ class GenerationConfig(Section):
     models_per_speech: int = Field(4, ge=1)
     sampling: SamplingConfig = SamplingConfig()
     system_prompt: str | None = Field(None, description="none: the models' own default")
+    marks: MarksConfig = MarksConfig()
+    budget: float | None = Field(None, gt=0, description="most that remote models may cost, in the currency of prices")
 
     @model_validator(mode="after")
     def _pool(self) -> GenerationConfig:

@@ -46,10 +46,12 @@ class Job:
 
     def stage(self, name: str, body: Callable[[str], StageResult]) -> None:
         """Run a stage unless it is done, and say so in a line."""
-        done = self.run.is_done(name)
+        reason = self.run.why_not_done(name)
+        done = reason is None
 
         def announced(partial: str) -> StageResult:
-            self.progress.say(f"[bold]{name}[/bold]")
+            again = f": once more, {reason}" if self.run.manifest(name) else ""
+            self.progress.say(f"[bold]{name}[/bold]{again}")
             return body(partial)
 
         manifest = self.run.execute(name, announced)
@@ -62,6 +64,8 @@ class Job:
             parts.append(f"{manifest['quarantined']:,} left out")
         if manifest["tokens"]:
             parts.append(f"{manifest['tokens']:,} tokens")
+        if manifest.get("cost"):
+            parts.append(f"cost {manifest['cost']:,.2f}")
         where = ", ".join(self.run.path(output) for output in self.run.stages[name].outputs)
         self.progress.say(f"  {name}: {', '.join(parts)} in {manifest['seconds']:.0f} s -> {where}")
 

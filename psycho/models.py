@@ -18,12 +18,12 @@ def uses_nano(config: Config) -> bool:
 
 
 def named_models(config: Config) -> dict[str, str]:
-    """Every model that the configuration names, by the setting that names it."""
+    """Every model that runs on this cluster, by the setting that names it."""
     named = {
         "policy": config.policy,
         "judge.model": config.judge.model,
         "evaluation.baseline": config.evaluation.baseline,
-        **{f"generation.pool ({model.name})": model.model for model in config.generation.pool},
+        **{f"generation.pool ({model.name})": model.model for model in config.generation.pool if not model.remote},
     }
     if config.judge.mode == "panel":
         named |= {f"judge.panel.{n}.model": member.model for n, member in enumerate(config.judge.panel)}

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from psycho import storage
-from psycho.config import Config, EngineConfig, JudgeConfig, LoopConfig, SamplingConfig
+from psycho.config import Config, EngineConfig, JudgeConfig, LoopConfig, ModelConfig, SamplingConfig
 from psycho.errors import BadInput
+from psycho.inference.requests import shares
 from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
 from psycho.preferences.published import source_files
 from psycho.run import Run
@@ -238,7 +239,7 @@ def _data_stages(config: Config, count: int, held: int) -> list[StagePlan]:
         return [StagePlan("prepare", count, count), StagePlan("pair", count, count)]
     k = config.generation.models_per_speech
     prompt, answer = _tokens(config, config.generation.sampling)
-    pool = [(engine_load(config, m.model, m.engine, m.gpus_per_worker),) for m in config.generation.pool]
+    pool = [(pool_load(config, model),) for model in config.generation.pool]
     judges_in_turn = tuple((_judge_load(config, judge, judge.model),) for judge in config.judge.members())
     read = _RUBRIC_TOKENS * (config.judge.template == "rubric") + prompt + answer + config.judge.max_tokens // 2
     asked = count * k * len(judges_in_turn)
@@ -249,6 +250,26 @@ def _data_stages(config: Config, count: int, held: int) -> list[StagePlan]:
         StagePlan("judge", count * k, count * k, asked, 0, asked * read, judges_in_turn),
         StagePlan("pair", (count - held) * math.comb(k, 2) + held, pairs),
     ]
+
+
+def pool_load(config: Config, model: ModelConfig) -> Load:
+    """The workers that hold a model of the pool; a remote one needs nothing here."""
+    if model.remote:
+        return Load(f"{model.name}, remote", 1, 0, 0.0)
+    return engine_load(config, model.model, model.engine, model.gpus_per_worker)
+
+
+def remote_cost(config: Config, speeches: int) -> float:
+    """What remote models would cost, at prompts and answers of middling length."""
+    generation = config.generation
+    drawn = shares({model.name: model.weight for model in generation.pool}, generation.models_per_speech)
+    total = 0.0
+    for model in generation.pool:
+        if model.remote:
+            prompt, answer = _tokens(config, model.sampling or generation.sampling)
+            each = (prompt * model.price.input + answer * model.price.output) / 1e6
+            total += speeches * drawn[model.name] * each
+    return total
 
 
 def _judge_load(config: Config, judge: JudgeConfig, model: str) -> Load:
@@ -328,13 +349,17 @@ def _warnings(config: Config, speeches: str, stages: Sequence[StagePlan]) -> Ite
         yield f"speeches.source {speeches.partition(';')[0]}); the run needs it, and all counts hang on it"
     if same_judge(config):
         yield f"{config.judge.model} labels the pairs and judges the policies too; set evaluation.judge to another"
+    cost, budget = remote_cost(config, stages[0].rows_in), config.generation.budget
+    if cost:
+        limit = "no generation.budget is set" if budget is None else f"generation.budget is {budget:g}"
+        yield f"remote models of the pool will cost about {cost:,.2f}; {limit}"
     for stage in stages:
         if (stage.gpu_gib or 0) > max(CARDS_GIB):
             yield f"{stage.name} needs {_gib(stage.gpu_gib)} GiB on a GPU, more than a card of {max(CARDS_GIB)} GB has"
     loads = {load.model: load for stage in stages for phase in stage.phases for load in phase}
     if unknown := [model for model, load in loads.items() if load.gib is None or load.host_gib is None]:
         yield f"size unknown of {', '.join(unknown)}: give parameters_b"
-    engines = [(m.name, m.engine, m.gpus_per_worker) for m in config.generation.pool]
+    engines = [(m.name, m.engine, m.gpus_per_worker) for m in config.generation.pool if not m.remote]
     engines += [(judge.model, judge.engine, judge.gpus_per_worker) for judge in judges(config)]
     for name, engine, gpus in [("inference", None, None), *engines]:
         split = (engine or config.inference.engine).tensor_parallel_size

@@ -55,6 +55,7 @@ class StageResult:
     rows_in: int = 0
     rows_out: int = 0
     tokens: int = 0
+    cost: float = 0.0
     quarantine: list[dict[str, Any]] | QuarantineFile = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -114,13 +115,27 @@ class Run:
         return json.loads(text) if text else None
 
     def is_done(self, name: str) -> bool:
-        """True when the stage's results are there and its key is unchanged."""
+        """True when the stage's results are there, whole, and its key is unchanged."""
+        return self.why_not_done(name) is None
+
+    def why_not_done(self, name: str) -> str | None:
+        """Why the stage has to run, in a few words; None where it has not. Rows are not read, files are counted."""
         manifest = self.manifest(name)
-        return (
-            manifest is not None
-            and manifest["key"] == self.key(name)
-            and all(storage.exists(self.path(output)) for output in self.stages[name].outputs)
-        )
+        if manifest is None:
+            return "not done yet"
+        if manifest["key"] != self.key(name):
+            return "its settings or inputs changed"
+        for output in self.stages[name].outputs:
+            if not storage.exists(self.path(output)):
+                return f"{output} is gone"
+            wanted = manifest.get("files", {}).get(output, {})
+            found = storage.parquet_sizes(self.path(output)) if wanted else {}
+            lost = [file for file, size in wanted.items() if found.get(file) != size]
+            if lost:
+                kind = "changed" if lost[0] in found else "gone"
+                others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+                return f"{output}/{lost[0]}{others} of its finished result is {kind}"
+        return None
 
     def partial(self, name: str) -> str:
         """Where the stage writes while it runs; another key is another folder."""
@@ -148,7 +163,8 @@ class Run:
                     f"{len(result.quarantine)} quarantined"
                 )
         except BaseException as error:
-            self._ledger(name, type(error).__name__, time.time() - started, StageResult())
+            spent = StageResult(cost=getattr(error, "cost", 0.0))
+            self._ledger(name, type(error).__name__, time.time() - started, spent)
             raise
         return self._publish(name, result, time.time() - started)
 
@@ -170,6 +186,7 @@ class Run:
             "rows_out": result.rows_out,
             "quarantined": len(result.quarantine),
             "tokens": result.tokens,
+            "files": {output: storage.parquet_sizes(self.path(output)) for output in stage.outputs},
             "seconds": round(seconds, 2),
             "versions": versions(),
             **result.extra,
@@ -191,12 +208,22 @@ class Run:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "stage": name,
+            "key": self.key(name),
             "status": status,
             "seconds": round(seconds, 2),
             "tokens": result.tokens,
-            "cost": 0.0,
+            "cost": round(max(0.0, result.cost - self._booked(name)), 6),
         }
         storage.append_line(self.path("ledger.jsonl"), json.dumps(line))
+
+    def _booked(self, name: str) -> float:
+        """What earlier tries at the same result booked; a try knows the cost of all rows so far, not its own."""
+        booked = 0.0
+        for text in (storage.read_text(self.path("ledger.jsonl")) or "").splitlines():
+            line = json.loads(text)
+            if line["stage"] == name and line.get("key") == self.key(name):
+                booked = 0.0 if line["status"] == "done" else booked + line["cost"]
+        return booked
 
 
 def content_key(*parts: Any) -> str:

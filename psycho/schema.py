@@ -49,6 +49,10 @@ RESPONSE = pa.schema(
         ("finish_reason", pa.string()),
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
+        ("status", pa.string()),  # ok | empty | truncated | refused | looping
+        ("reasoning", pa.string()),  # what the model thought aloud before it answered; null where it did not
+        ("cost", pa.float64()),  # of all tries, by the pool's prices
+        ("attempts", pa.int32()),  # seeds that were asked
     ]
 )
 

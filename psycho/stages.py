@@ -8,6 +8,7 @@ from typing import Any
 from psycho import storage
 from psycho.config import Config
 from psycho.errors import BadInput
+from psycho.inference.endpoint import api_key
 from psycho.inference.models import check_model
 from psycho.judging.rubric import prompt_version
 from psycho.models import identity, named_models, resolve
@@ -66,9 +67,11 @@ def _prepare(config: Config) -> Settings:
 
 
 def _generate(config: Config) -> Settings:
+    pool = config.generation.pool
+    aside: Any = {"budget": True, "pool": {"__all__": _ESTIMATES | {"price", "remote"}}}
     return {
-        "generation": config.generation.model_dump(mode="json", exclude={"pool": {"__all__": _ESTIMATES}}),
-        "models": [identity(config, model.model) for model in config.generation.pool],
+        "generation": config.generation.model_dump(mode="json", exclude=aside),
+        "models": [f"{m.remote.url} {m.model}" if m.remote else identity(config, m.model) for m in pool],
         "engine": config.inference.engine,
         "seed": config.seed,
     }
@@ -205,6 +208,8 @@ def check_config(config: Config) -> None:
             raise BadInput(f"{setting} is empty; name a model folder, a hub id, or nano:<name>")
         if resolve(config, model) == model:  # nano models are made when they are needed
             check_model(model, needs_chat_template=setting != "training.reward.init")
+    for entry in config.generation.pool:
+        api_key(entry)
     if not config.generation.pool and not imported:
         raise BadInput("generation.pool is empty; list at least generation.models_per_speech models")
 

@@ -143,11 +143,29 @@ def local_copy(uri: str, cache: Path) -> str:
     return str(target)
 
 
-def write_table(table: pa.Table, uri: str, name: str = "part-0.parquet") -> None:
-    """Write one Parquet file into the folder `uri`."""
+def write_table(table: pa.Table, uri: str, files: int = 1) -> None:
+    """Write Parquet files `part-0.parquet`, `part-1.parquet`, ... of about as many rows each into the folder `uri`."""
     fs, path = resolve(uri)
     fs.create_dir(path, recursive=True)
-    pq.write_table(table, f"{path}/{name}", filesystem=fs)
+    rows = max(1, -(-table.num_rows // files))
+    for number, start in enumerate(range(0, max(1, table.num_rows), rows)):
+        pq.write_table(table.slice(start, rows), f"{path}/part-{number}.parquet", filesystem=fs)
+
+
+def write_rows(table: pa.Table, uri: str) -> None:
+    """Write one Parquet file of this name whole or not at all: a crash leaves nothing that looks like one."""
+    fs, path = resolve(uri)
+    if is_remote(uri):
+        pq.write_table(table, path, filesystem=fs)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        pq.write_table(table, aside)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def parquet_files(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:
@@ -157,6 +175,16 @@ def parquet_files(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:
     for info in sorted(fs.get_file_info(selector), key=lambda info: info.path):
         if info.type == pafs.FileType.File and info.path.endswith(".parquet"):
             yield fs, info.path
+
+
+def parquet_sizes(uri: str) -> dict[str, int]:
+    """Bytes of each Parquet file below a folder, by its path inside the folder."""
+    fs, path = resolve(uri)
+    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+    if fs.get_file_info(path).type != pafs.FileType.Directory:
+        return {}
+    found = {info.path[len(path) :].lstrip("/"): info.size for info in fs.get_file_info(selector)}
+    return {name: size for name, size in sorted(found.items()) if name.endswith(".parquet")}
 
 
 def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:

@@ -301,3 +301,18 @@ def test_warnings():
     assert "train_dpo needs" in warnings("training.zero_stage=0")
     assert "gpus_per_worker is 1; give it 4" in warnings("judge.gpus_per_worker=1")
     assert "the run would stop at once: evaluation.baseline is empty" in warnings("evaluation.baseline=''")
+
+
+def test_a_remote_model_needs_nothing_here_and_has_its_price(tmp_path):
+    far = {"name": "far", "model": "large", "price": {"input": 2.5, "output": 10}, "remote": {"url": "https://far/v1"}}
+    generation = {"models_per_speech": 1, "pool": [far], "budget": 3}
+    tree = {"run_dir": str(tmp_path), "generation": generation}
+    config = build_config(tree, "test")
+    built = plan.build_plan(config, "generate")
+    [stage] = [stage for stage in built.stages if stage.name == "generate"]
+    assert (stage.gpus, stage.gpu_gib, stage.host_gib) == (0, 0, 0)
+    speeches = config.speeches.nano_train + config.speeches.evaluation
+    prompt = (config.speeches.min_chars + config.speeches.max_chars) // 2 // 4 + 20
+    assert plan.remote_cost(config, speeches) == pytest.approx(speeches * (prompt * 2.5 + 512 * 10) / 1e6)
+    assert any("remote models of the pool will cost about" in w and "budget is 3" in w for w in built.warnings)
+    assert not any("size unknown of far" in w or "far, remote" in w for w in built.warnings)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from psycho import storage
@@ -54,6 +55,8 @@ HANGS_ON: dict[str, set[str]] = {
     "cluster.local_cpus=8": set(),
     "inference.workers=5": set(),
     "inference.batch_size=7": set(),
+    "generation.budget=5": set(),
+    "generation.marks.refused=retry": set(ALL) - {"prepare"},
     "inference.start_timeout_s=7": set(),
     "inference.env={A: '1'}": set(),
     "training.start_timeout_s=7": set(),
@@ -294,7 +297,7 @@ def test_every_try_is_a_line_of_the_ledger(toy):
         ("first", "done", 12),
         ("second", "done", 0),
     ]
-    assert set(lines[0]) == {"time", "stage", "status", "seconds", "tokens", "cost"}
+    assert set(lines[0]) == {"time", "stage", "key", "status", "seconds", "tokens", "cost"}
 
 
 @pytest.mark.parametrize("found", [json.dumps({"format": FORMAT + 1}), "{}", "not JSON", "[]"])
@@ -318,3 +321,41 @@ def test_a_run_folder_that_is_a_file_or_lies_below_one(tmp_path):
 def test_opening_a_run_again_keeps_what_is_there(toy, tmp_path):
     toy.run.execute("first", toy.body("a"))
     assert Toy(tmp_path / "run").run.is_done("first")
+
+
+def test_a_result_that_lost_a_file_is_not_done_and_says_which(toy):
+    def body(partial: str) -> StageResult:
+        storage.write_table(pa.table({"row": list(range(10))}), storage.join(partial, "one"), files=5)
+        storage.write_text(storage.join(partial, "two.txt"), "")
+        return StageResult(rows_in=10, rows_out=10)
+
+    toy.run.execute("first", body)
+    assert toy.run.why_not_done("first") is None
+    manifest = toy.run.manifest("first")
+    assert sorted(manifest["files"]["one"]) == [f"part-{number}.parquet" for number in range(5)]
+    part = Path(toy.run.path("one", "part-3.parquet"))
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    assert toy.run.why_not_done("first") == "one/part-3.parquet of its finished result is changed"
+    part.unlink()
+    Path(toy.run.path("one", "part-4.parquet")).unlink()
+    assert toy.run.why_not_done("first") == "one/part-3.parquet and 1 more of its finished result is gone"
+    assert not toy.run.is_done("first")
+    toy.run.execute("first", body)
+    assert toy.run.is_done("first") and toy.ledger()[-1]["status"] == "done"
+
+
+def test_the_ledger_books_what_a_try_cost_and_not_what_earlier_ones_did(toy):
+    """A try knows the cost of all rows so far; what a stopped try booked is not booked again."""
+
+    class Stopped(StageFailed):
+        cost = 2.0
+
+    def stopped(partial: str) -> StageResult:
+        raise Stopped("no more money")
+
+    with pytest.raises(Stopped):
+        toy.run.execute("first", stopped)
+    toy.run.execute("first", toy.body("a", cost=5.0))
+    toy.run.execute("second", toy.body("b", cost=1.0))
+    assert [line["cost"] for line in toy.ledger()] == [2.0, 3.0, 1.0]

@@ -172,3 +172,29 @@ def test_a_whole_run_on_an_object_store(store):
     assert run.execute("first", body)["status"] == "done" and run.execute("first", body)["status"] == "skipped"
     assert storage.read_table(run.path("rows")) == TABLE and storage.read_text(run.path("page.html")) == "<p>"
     assert not storage.exists(run.partial("first"))
+
+
+def test_a_table_in_several_files(tmp_path):
+    table = pa.table({"row": list(range(10))})
+    storage.write_table(table, str(tmp_path / "many"), files=4)
+    assert sorted(storage.parquet_sizes(str(tmp_path / "many"))) == [f"part-{n}.parquet" for n in range(4)]
+    assert storage.read_table(str(tmp_path / "many")) == table
+    storage.write_table(table.slice(0, 0), str(tmp_path / "none"), files=4)
+    assert storage.read_table(str(tmp_path / "none")).num_rows == 0
+    assert storage.parquet_sizes(str(tmp_path / "nothing")) == {}
+
+
+def test_rows_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    uri = str(tmp_path / "rows" / "one.parquet")
+
+    def torn(table, where, **kwargs):
+        Path(where).write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.pq, "write_table", torn)
+        with pytest.raises(OSError, match="No space"):
+            storage.write_rows(pa.table({"row": [1]}), uri)
+    assert list((tmp_path / "rows").iterdir()) == []
+    storage.write_rows(pa.table({"row": [1]}), uri)
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["one.parquet"]

@@ -1,15 +1,17 @@
-"""Batch inference as a Ray Data job: requests on Parquet, a pool of vLLM actors, answers on Parquet.
+"""Batch inference as a Ray Data job: requests in, a pool of actors, answers on Parquet as they come.
 
-Answers are written file by file as batches finish, so an interrupted job goes on with the requests that have no answer
-yet. Requests of models that can take turns in one engine form one job, sorted by model; other models have a job of
-their own. A request that fails is a row with an error, not a failed job.
+Each actor writes its answers itself, a few rows a file, the moment they are there; what Ray Data hands on are counts.
+So an interrupted job goes on with the requests that have no answer yet, and a batch that Ray gives to another actor
+because its first one died does so too. A request that fails is a row with an error, not a failed job.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +21,15 @@ from psycho import storage
 from psycho.cluster import AUTOSCALING
 from psycho.config import InferenceConfig
 from psycho.errors import BadInput, StageFailed
+from psycho.inference.loop import EngineFailed
+from psycho.schema import stable_id
 from psycho.waiting import wait_for
+
+_BATCHES_A_WORKER = 8  # at least, so that workers end together
+_LEAST_ROWS, _MOST_AT_ONCE = 16, 16
+_UNWRITTEN = 0.02  # most of the answers that may be finished and not yet on disk
+_RESTARTS = 16  # of one worker; one that dies more often has a reason that a restart does not remove
+_RESTART_LOG = "restarts.log"
 
 
 def run_batches(
@@ -30,13 +40,19 @@ def run_batches(
     config: InferenceConfig,
     gpus_per_worker: float | None = None,
     on_resume: Callable[[int], None] | None = None,
+    at_once: int = 1,
+    say: Callable[[str], None] | None = None,
 ) -> list[pa.Table]:
-    """Answer every request; `stage(**arguments)` maps a batch (a `pa.Table`) to a table with `request_id`.
+    """Answer every request; `stage(**arguments)` maps a batch (a `pa.Table`) to a table with `request_id`, or to an
+    iterator of rows (of its `SCHEMA`) as they are finished.
 
     Args:
         requests: rows with a unique `request_id`, in the order they should be served.
         folder: where answers are written; what is there already is not asked for again.
         on_resume: told how many answers were found.
+        at_once: requests that an actor should have before it to be busy; over the batch size, several batches are
+            given to it together, in threads.
+        say: told in a sentence what a person should know.
 
     Returns:
         All answers, in no particular order, one table a file.
@@ -46,20 +62,87 @@ def run_batches(
         WaitTimedOut: no batch finished within the configured limits.
         StageFailed: an answer is missing or doubled at the end.
     """
-    done = {i for table in storage.read_finished(folder, ["request_id"]) for i in table["request_id"].to_pylist()}
-    if done and on_resume:
-        on_resume(len(done))
-    wanted = [index for index, i in enumerate(requests["request_id"].to_pylist()) if i not in done]
-    if wanted:
+    wanted = unanswered(requests, folder)
+    if wanted.num_rows < requests.num_rows and on_resume:
+        on_resume(requests.num_rows - wanted.num_rows)
+    if wanted.num_rows:
         check_room("inference", config.cpus_per_worker, _gpus(config, gpus_per_worker))
-        _serve(requests.take(wanted), folder, stage, arguments, config, gpus_per_worker)
-    tables = storage.read_finished(folder)
-    found = [i for table in tables for i in table["request_id"].to_pylist()]
-    if len(found) > len(set(found)):
-        raise StageFailed(f"{len(found) - len(set(found))} requests were answered twice; remove {folder}")
-    if len(found) < requests.num_rows:
-        raise StageFailed(f"{len(found)} of {requests.num_rows} requests were answered; give the same command again")
+        before = _restarts(folder)
+        try:
+            _serve(wanted, folder, stage, arguments, config, gpus_per_worker, at_once)
+        finally:
+            died = _restarts(folder) - before
+            if died and say:
+                say(f"  {died} time(s) a worker died and was started again; what it had not finished was asked again")
+    return collect(requests, folder)
+
+
+def unanswered(requests: pa.Table, folder: str) -> pa.Table:
+    """The requests that have no answer in the folder."""
+    done = {i for table in storage.read_finished(folder, ["request_id"]) for i in table["request_id"].to_pylist()}
+    return requests.filter(pa.array([i not in done for i in requests["request_id"].to_pylist()], pa.bool_()))
+
+
+def collect(requests: pa.Table, folder: str) -> list[pa.Table]:
+    """All answers in the folder, each once.
+
+    An answer may lie in two files: a worker can outlive its killed driver long enough to finish what the next one asks
+    for too. The first is kept. Twice in one file is our mistake, and stops.
+
+    Raises:
+        StageFailed: an answer is missing, or doubled within a file.
+    """
+    tables: list[pa.Table] = []
+    seen: set[str] = set()
+    for table in storage.read_finished(folder):
+        names = table["request_id"].to_pylist()
+        if len(names) > len(set(names)):
+            raise StageFailed(f"{len(names) - len(set(names))} requests were answered twice; remove {folder}")
+        new = pa.array([name not in seen for name in names], pa.bool_())
+        seen.update(names)
+        tables.append(table.filter(new))
+    wanted = set(requests["request_id"].to_pylist())
+    if not wanted <= seen:
+        there = len(wanted & seen)
+        raise StageFailed(f"{there} of {requests.num_rows} requests were answered; give the same command again")
     return tables
+
+
+class Durable:
+    """A stage whose answers are on disk, below a folder of the batch's own, before the batch is done."""
+
+    def __init__(self, stage: type, arguments: dict[str, Any], folder: str, rows: int) -> None:
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            storage.append_line(storage.join(folder, _RESTART_LOG), "a worker was started again")
+        self._stage, self._folder, self._rows = stage(**arguments), folder, rows
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        place = storage.join(self._folder, stable_id(*batch["request_id"].to_pylist()))
+        wanted = unanswered(batch, place)  # of a batch that an actor had before it died, some is there
+        try:
+            self._answer(wanted, place)
+        except EngineFailed as error:
+            if type(error.__cause__).__name__ == "EngineDeadError":
+                os._exit(1)  # the engine's own process is gone; Ray gives the batch to a fresh actor
+            raise
+        return pa.table({"rows": [batch.num_rows]})
+
+    def _answer(self, wanted: pa.Table, place: str) -> None:
+        if not wanted.num_rows:
+            return
+        answers = self._stage(wanted)
+        if isinstance(answers, pa.Table):
+            self._write(answers, place)
+            return
+        while rows := list(islice(answers, self._rows)):
+            self._write(pa.Table.from_pylist(rows, schema=self._stage.SCHEMA), place)
+
+    def _write(self, table: pa.Table, place: str) -> None:
+        storage.write_rows(table, storage.join(place, f"{uuid.uuid4().hex}.parquet"))
+
+
+def _restarts(folder: str) -> int:
+    return (storage.read_text(storage.join(folder, _RESTART_LOG)) or "").count("\n")
 
 
 def check_room(what: str, cpus: float, gpus: float) -> None:
@@ -90,34 +173,48 @@ def _serve(
     arguments: dict[str, Any],
     config: InferenceConfig,
     gpus_per_worker: float | None,
+    at_once: int,
 ) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     if not logging.getLogger("ray").isEnabledFor(logging.WARNING):  # a quiet run; Ray Data set itself up anew
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-    workers = min(config.workers, max(1, -(-requests.num_rows // config.batch_size)))
-    size = min(config.batch_size, -(-requests.num_rows // workers))
+    workers, size, batches = layout(requests.num_rows, config, at_once)
+    rows = int(min(size, max(1, requests.num_rows * _UNWRITTEN / (workers * batches))))
     blocks = [requests.slice(start, size) for start in range(0, requests.num_rows, size)]
     dataset = ray.data.from_arrow(blocks).map_batches(
-        stage,
-        fn_constructor_kwargs=arguments,
+        Durable,
+        fn_constructor_kwargs={"stage": stage, "arguments": arguments, "folder": folder, "rows": rows},
         batch_format="pyarrow",
         batch_size=size,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=ray.data.ActorPoolStrategy(
+            size=workers,
+            max_tasks_in_flight_per_actor=batches + 1,
+            max_concurrent_calls_per_actor=batches,
+            enable_true_multi_threading=batches > 1,
+        ),
         num_cpus=config.cpus_per_worker,
         num_gpus=_gpus(config, gpus_per_worker) or None,
+        max_restarts=_RESTARTS,
         runtime_env={"env_vars": dict(config.env)} if config.env else None,
     )
-    fs, path = storage.resolve(folder)
-    fs.create_dir(path, recursive=True)
     wait_for(
-        lambda: dataset.write_parquet(path, filesystem=fs, mode=ray.data.SaveMode.APPEND),
+        dataset.materialize,
         progress=lambda: sum(1 for _ in storage.parquet_files(folder)),
         what=f"a batch of {stage.__name__}",
         start_s=config.start_timeout_s,
         step_s=config.batch_timeout_s,
     )
+
+
+def layout(requests: int, config: InferenceConfig, at_once: int) -> tuple[int, int, int]:
+    """Workers, requests a batch, and batches that a worker is given together."""
+    workers = min(config.workers, max(1, -(-requests // config.batch_size)))
+    if at_once <= 1:
+        return workers, min(config.batch_size, -(-requests // workers)), 1
+    size = min(config.batch_size, max(_LEAST_ROWS, -(-requests // (workers * _BATCHES_A_WORKER))))
+    return workers, size, max(1, min(_MOST_AT_ONCE, -(-at_once // size)))
 
 
 def split_errors(tables: Sequence[pa.Table]) -> tuple[pa.Table, list[dict[str, Any]]]:

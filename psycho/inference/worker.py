@@ -8,19 +8,21 @@ never takes its batch down with it.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from psycho.config import EngineConfig, SamplingConfig
+from psycho.inference.loop import EngineLoop
 from psycho.inference.models import cache_root, engine_signature
+from psycho.inference.template import Messages, reasoning_is_control, render, stop_ids, without_control
 from psycho.judging.digits import DigitLogprobs, digit_parameters, read_digits
 from psycho.storage import local_copy
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Completion:
     span_means: tuple[float, ...] = ()
     digits: DigitLogprobs = ()
     error: str | None = None
+    reasoning: str | None = None
+    """What came apart from the text already, as some endpoints send it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,11 @@ class VLLMWorker:
         self.model = ""
         self._signature = ""
         self._llm: Any = None
+        self._tokenizer: Any = None
+        self._stops: list[int] = []
+        self._thinks_in_control = False
+        self._tokenizing = threading.Lock()  # a fast tokenizer is for one thread at a time
+        self._loop = EngineLoop(lambda model: self._hold(model).llm_engine, spec.engine.max_num_seqs)
 
     def ping(self) -> int:
         """The worker's process id; answers once the actor is up."""
@@ -86,18 +95,7 @@ class VLLMWorker:
 
     def use(self, model: str, runner: str = "generate") -> None:
         """Hold `model` from here on: by new weights where the architectures agree, else by a new engine."""
-        if model == self.model:
-            return
-        folder = local_copy(model, cache_root() / "models") if "://" in model else model
-        signature = f"{runner}:{engine_signature(folder)}"
-        if self._llm is not None and signature == self._signature:
-            self._llm.collective_rpc("take_weights", args=(folder,))
-            self._llm.reset_prefix_cache()
-        else:
-            self._stop()
-            self._llm = self._start(folder, runner)
-            self._signature = signature
-        self.model = model
+        self._loop.run(lambda: self._hold(model, runner))
 
     def generate(
         self,
@@ -108,7 +106,7 @@ class VLLMWorker:
         spans: Sequence[Sequence[str]] | None = None,
         digits: Literal["read", "only"] | None = None,
     ) -> list[Completion]:
-        """Answer each conversation.
+        """Answer each conversation with the model in use.
 
         Args:
             conversations: chat messages, one list a request.
@@ -122,63 +120,151 @@ class VLLMWorker:
         Returns:
             A completion per conversation, in order; never raises for a single bad request.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
+        done = dict(self.stream(self.model, conversations, seeds, sampling, schema, spans, digits=digits))
+        return [done[index] for index in range(len(conversations))]
 
-        tokenizer = self._llm.get_tokenizer()
-        limit = self._llm.model_config.max_model_len
-        done: dict[int, Completion] = {}
+    def stream(
+        self,
+        model: str,
+        conversations: Sequence[Messages],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        schema: str | None = None,
+        spans: Sequence[Sequence[str]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        digits: Literal["read", "only"] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """(index, completion) of each conversation as it is answered; several threads may ask at once.
+
+        Args:
+            model: as for `use`; it must be able to take turns with the others that are asked for meanwhile.
+            variables: of the chat template.
+
+        Raises:
+            EngineFailed: the engine died.
+        """
+        if self._llm is None:
+            self.use(model)
         prompts, params, places, texts = [], [], [], []
         for index, (messages, seed) in enumerate(zip(conversations, seeds, strict=True)):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            if len(ids) >= limit:
-                done[index] = Completion(error=f"prompt of {len(ids)} tokens is over the model's limit of {limit}")
+            try:
+                text, ids = self._render(messages, variables)
+            except ValueError as error:
+                yield index, Completion(error=str(error))
                 continue
-            structured = StructuredOutputsParams(json=schema) if schema else None
-            params.append(
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=min(sampling.max_tokens, limit - len(ids)),
-                    seed=seed,
-                    structured_outputs=structured,
-                    prompt_logprobs=0 if spans else None,
-                    **(digit_parameters(tokenizer, digits == "only") if digits else {}),
-                )
-            )
-            prompts.append({"prompt_token_ids": ids})
+            prompts.append(self._prompt(ids))
+            params.append(self._params(sampling, seed, len(ids), schema, bool(spans), digits))
             places.append(index)
             texts.append(text)
-        outputs = self._llm.generate(prompts, params, use_tqdm=False) if prompts else []
-        for index, text, output in zip(places, texts, outputs, strict=True):
-            found = _span_logprobs(tokenizer, text, spans[index], output) if spans else []
+        for place, output in self._loop.answers(model, prompts, params):
+            index = places[place]
+            if isinstance(output, Exception):
+                yield index, Completion(error=f"the engine refuses the request ({type(output).__name__})")
+                continue
+            found = self._span_logprobs(texts[place], spans[index], output) if spans else []
             best = output.outputs[0]
-            said, digit_logprobs = read_digits(tokenizer, best) if digits else (best.text, ())
-            done[index] = Completion(
-                text=said,
-                finish_reason=best.finish_reason or "",
-                prompt_tokens=len(output.prompt_token_ids),
-                output_tokens=len(best.token_ids),
-                span_floors=tuple(min(values, default=0.0) for values in found),
-                span_means=tuple(sum(values) / max(1, len(values)) for values in found),
-                digits=digit_logprobs,
+            said, read = self._said(best, digits)
+            yield (
+                index,
+                Completion(
+                    text=said,
+                    finish_reason=best.finish_reason or "",
+                    prompt_tokens=len(output.prompt_token_ids),
+                    output_tokens=len(best.token_ids),
+                    span_floors=tuple(min(values, default=0.0) for values in found),
+                    span_means=tuple(sum(values) / max(1, len(values)) for values in found),
+                    digits=read,
+                ),
             )
-        return [done[index] for index in range(len(conversations))]
+
+    def _render(self, messages: Messages, variables: Mapping[str, Any] | None) -> tuple[str, list[int]]:
+        with self._tokenizing:
+            text, ids = render(self._tokenizer, messages, variables)
+        limit = self._llm.model_config.max_model_len
+        if len(ids) >= limit:
+            raise ValueError(f"prompt of {len(ids)} tokens is over the model's limit of {limit}")
+        return text, ids
+
+    def _span_logprobs(self, text: str, spans: Sequence[str], output: Any) -> list[list[float]]:
+        with self._tokenizing:
+            return _span_logprobs(self._tokenizer, text, spans, output)
+
+    def _said(self, best: Any, digits: str | None) -> tuple[str, DigitLogprobs]:
+        """The text of an answer, and its digits' log-probabilities where they were asked for."""
+        if digits:
+            with self._tokenizing:
+                return read_digits(self._tokenizer, best)
+        return (without_control(self._tokenizer, best.text) if self._thinks_in_control else best.text), ()
+
+    def _prompt(self, ids: list[int]) -> Any:
+        from vllm.inputs.engine import tokens_input
+
+        return tokens_input(ids)
+
+    def _params(
+        self,
+        sampling: SamplingConfig,
+        seed: int,
+        prompt_tokens: int,
+        schema: str | None,
+        floors: bool,
+        digits: str | None,
+    ) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+        with self._tokenizing:
+            reading = digit_parameters(self._tokenizer, digits == "only") if digits else {}
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            stop=list(sampling.stop),
+            stop_token_ids=self._stops,
+            skip_special_tokens=not self._thinks_in_control,
+            max_tokens=min(sampling.max_tokens, self._llm.model_config.max_model_len - prompt_tokens),
+            seed=seed,
+            structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
+            prompt_logprobs=0 if floors else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **reading,
+        )
 
     def score(self, conversations: Sequence[Messages]) -> list[float | None]:
         """Reward of each whole conversation (the model must be in use with runner `pooling`); None when too long."""
-        tokenizer = self._llm.get_tokenizer()
         limit = self._llm.model_config.max_model_len
-        rendered = [tokenizer.apply_chat_template(m, tokenize=False) for m in conversations]
-        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
+        with self._tokenizing:
+            rendered = [self._tokenizer.apply_chat_template(m, tokenize=False) for m in conversations]
+            ids = [self._tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
         places = [index for index, row in enumerate(ids) if len(row) <= limit]
         prompts = [{"prompt_token_ids": ids[index]} for index in places]
         scores: list[float | None] = [None] * len(ids)
-        outputs = self._llm.encode(prompts, pooling_task="classify", use_tqdm=False) if prompts else []
+        if not prompts:
+            return scores
+        outputs = self._loop.run(lambda: self._llm.encode(prompts, pooling_task="classify", use_tqdm=False))
         for index, output in zip(places, outputs, strict=True):
             scores[index] = float(output.outputs.data.flatten()[0])
         return scores
+
+    def _hold(self, model: str, runner: str = "generate") -> Any:
+        """The engine with `model` in it; on the engine's thread."""
+        if model == self.model:
+            return self._llm
+        folder = local_copy(model, cache_root() / "models") if "://" in model else model
+        signature = f"{runner}:{engine_signature(folder)}"
+        if self._llm is not None and signature == self._signature:
+            self._llm.collective_rpc("take_weights", args=(folder,))
+            self._llm.reset_prefix_cache()
+        else:
+            self._stop()
+            self._llm = self._start(folder, runner)
+            self._signature = signature
+            self._tokenizer = copy.deepcopy(self._llm.get_tokenizer())
+            self._stops = stop_ids(self._tokenizer)
+            self._thinks_in_control = reasoning_is_control(self._tokenizer)
+        self.model = model
+        return self._llm
 
     def _start(self, folder: str, runner: str) -> Any:
         from vllm import LLM

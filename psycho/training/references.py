@@ -47,7 +47,8 @@ def with_references(
         found = _compute(groups, keys, missing, logprobs, collate, budget)
         if folder and found:
             rows = [{"key": key, "logprob": value} for key, value in found.items()]
-            _write(pa.Table.from_pylist(rows, schema=SCHEMA), folder)
+            file = storage.join(folder, f"part-{uuid.uuid4().hex[:12]}.parquet")
+            storage.write_rows(pa.Table.from_pylist(rows, schema=SCHEMA), file)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         for part in everyone:
@@ -85,7 +86,3 @@ def _stored(folder: str | None) -> dict[str, float]:
     for table in storage.read_finished(folder):
         known |= dict(zip(table["key"].to_pylist(), table["logprob"].to_pylist(), strict=True))
     return known
-
-
-def _write(table: pa.Table, folder: str) -> None:
-    storage.write_table(table, folder, f"part-{uuid.uuid4().hex[:12]}.parquet")

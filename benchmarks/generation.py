@@ -1,0 +1,248 @@
+"""How fast answers come: ours against a bare vLLM engine and against Ray Data's own `ray.data.llm`.
+
+    python -m benchmarks.generation [--requests 3000] [--rounds 3] [--model FOLDER] [--quick]
+
+The same prompts, sampling and engine arguments go through (1) one bare engine that has all requests from the start,
+(2) `ray.data.llm`'s processor, (3) our stage on Ray Data with one worker. Each arm runs in a process of its own, one
+after the other, in rounds; ratios are of the same round, the line holds the median over rounds. Throughput is that of
+the middle of a run: output tokens of the answers that finished between the first and the last fifth of all tokens, by
+the time they finished. Time to the first row counts from a Ray that is up: imports, actors, the engine's start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+ENGINE = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 128, "enforce_eager": True}
+MAX_TOKENS, TEMPERATURE, TOP_P = 96, 0.8, 0.95
+ARMS = ("vllm", "ray_data_llm", "ours")
+
+
+def prompts(count: int) -> list[list[dict[str, str]]]:
+    """Speeches of the nano grammar, as messages."""
+    from psycho.nano.grammar import sample_speech
+
+    rng = random.Random(0)
+    return [[{"role": "user", "content": sample_speech(rng).text}] for _ in range(count)]
+
+
+def engine_arguments() -> dict[str, Any]:
+    """What all three engines are built with."""
+    from psycho.config import EngineConfig
+    from psycho.inference.worker import engine_arguments as of
+
+    return of(EngineConfig.model_validate(ENGINE), "generate", 0)
+
+
+def run_vllm(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
+    """One engine, all requests at once; rows as (time, tokens)."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+    from vllm.inputs.engine import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    llm = LLM(model, **engine_arguments())
+    tokenizer, engine = llm.get_tokenizer(), llm.llm_engine
+    for number, talk in enumerate(talks):
+        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        params = SamplingParams(
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            max_tokens=MAX_TOKENS,
+            seed=number,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine.add_request(str(number), tokens_input(tokenizer(text, add_special_tokens=False).input_ids), params)
+    rows = []
+    while engine.has_unfinished_requests():
+        finished = [output for output in engine.step() if output.finished]
+        rows += [(time.time(), len(output.outputs[0].token_ids)) for output in finished]
+    return None, rows
+
+
+def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
+    """Ray Data's processor, as its documentation shows it, with batches enough to keep its engine full."""
+    _start_ray()
+    began = time.time()
+    import ray.data
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    config = vLLMEngineProcessorConfig(
+        model_source=model,
+        engine_kwargs=engine_arguments(),
+        batch_size=64,
+        max_concurrent_batches=8,
+        concurrency=1,
+        runtime_env={"env_vars": ENV},
+        placement_group_config={"bundle_per_worker": {"CPU": 1}},
+        log_engine_metrics=False,
+    )
+
+    def before(row: dict[str, Any]) -> dict[str, Any]:
+        sampling = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_TOKENS, "seed": row["number"]}
+        return {"messages": json.loads(row["messages"]), "sampling_params": sampling}
+
+    def after(row: dict[str, Any]) -> dict[str, Any]:
+        return {"time": time.time(), "tokens": int(row["num_generated_tokens"]), "text": row["generated_text"]}
+
+    items = [{"number": number, "messages": json.dumps(talk)} for number, talk in enumerate(talks)]
+    dataset = ray.data.from_items(items, override_num_blocks=max(1, len(items) // 64))
+    dataset = build_processor(config, preprocess=before, postprocess=after)(dataset)
+    first, rows = None, []
+    for row in dataset.iter_rows():
+        first = first or time.time() - began
+        rows.append((row["time"], row["tokens"]))
+    return first, rows
+
+
+def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
+    """Our stage, one worker; rows are on disk as Parquet at the end."""
+    _start_ray()
+    began = time.time()
+    import pyarrow as pa
+
+    from psycho.config import InferenceConfig, MarksConfig, PriceConfig, SamplingConfig
+    from psycho.inference.batch import run_batches
+    from psycho.inference.generate import GenerateBatch, Served
+    from psycho.inference.worker import EngineSpec
+    from psycho.schema import REQUEST
+
+    class Stamped(GenerateBatch):
+        """Writes down when each row was finished."""
+
+        def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
+            for row in super().__call__(batch):
+                with open(stamps, "a", encoding="utf-8") as file:
+                    file.write(f"{time.time()} {row['output_tokens']}\n")
+                yield row
+
+    config = InferenceConfig.model_validate({"gpus_per_worker": 0, "env": ENV, "engine": ENGINE})
+    sampling = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=MAX_TOKENS)
+    rows = [
+        {"request_id": f"{n:06d}", "speech_id": f"s{n}", "split": "train", "model": "m", "sample": 0, "seed": n,
+         "messages": json.dumps(talk)}
+        for n, talk in enumerate(talks)
+    ]  # fmt: skip
+    folder = Path(tempfile.mkdtemp(prefix="generation-"))
+    stamps = str(folder / "stamps")
+    arguments = {
+        "spec": EngineSpec(config.engine, 0, ENV),
+        "models": {"m": Served(model, sampling, PriceConfig(), {})},
+        "policy": MarksConfig(),
+        "reporter": None,
+    }
+    requests = pa.Table.from_pylist(rows, schema=REQUEST)
+    run_batches(requests, str(folder / "rows"), Stamped, arguments, config, at_once=4 * config.engine.max_num_seqs)
+    first = min(path.stat().st_mtime for path in (folder / "rows").rglob("*.parquet")) - began
+    lines = [line.split() for line in (folder / "stamps").read_text().splitlines()]
+    shutil.rmtree(folder)
+    return first, [(float(at), int(tokens)) for at, tokens in lines]
+
+
+def _start_ray() -> None:
+    import ray
+
+    # Logical CPUs enough for every stage of theirs: they are small, and wait for one another on fewer.
+    ray.init(address="local", num_cpus=12, include_dashboard=False, log_to_driver=False, object_store_memory=2**29)
+
+
+def steady(rows: list[tuple[float, int]]) -> float:
+    """Tokens a second between the first and the last fifth of all tokens."""
+    rows = sorted(rows)
+    total, seen, inside, times = sum(tokens for _, tokens in rows), 0, 0, []
+    for at, tokens in rows:
+        seen += tokens
+        if 0.2 * total <= seen <= 0.8 * total:
+            inside += tokens if times else 0
+            times.append(at)
+    return inside / (times[-1] - times[0])
+
+
+def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One arm in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.generation", "--arm", arm, "--requests", str(arguments.requests)]
+    done = subprocess.run([*command, "--model", arguments.model], check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def run_arm(arm: str, model: str, count: int) -> None:
+    """Inside the arm's process: run it and print what was seen."""
+    os.environ.update(ENV)
+    talks = prompts(count)
+    first, rows = {"vllm": run_vllm, "ray_data_llm": run_ray_data_llm, "ours": run_ours}[arm](model, talks)
+    lengths = sorted(tokens for _, tokens in rows)
+    print(json.dumps({
+        "rows": len(rows), "tokens": sum(lengths), "rate": steady(rows), "first": first,
+        "p10": lengths[len(lengths) // 10], "p90": lengths[len(lengths) * 9 // 10],
+    }))  # fmt: skip
+
+
+def nano_model() -> str:
+    """The base policy of the nano world, made if it is not there."""
+    from psycho.config import load_config
+    from psycho.job import DEFAULT_CONFIG
+    from psycho.models import resolve
+
+    return resolve(load_config(DEFAULT_CONFIG), "nano:base")
+
+
+def main() -> None:
+    """Run the arms in rounds and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="", help="a model folder; none: the nano world's base policy")
+    parser.add_argument("--quick", action="store_true", help="1,200 requests, one round")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.model = arguments.model or nano_model()
+    if arguments.arm:
+        run_arm(arguments.arm, arguments.model, arguments.requests)
+        return
+    if arguments.quick:
+        arguments.requests, arguments.rounds = 1200, 1
+    table = Table("round", "arm", "rows", "tokens", "p10-p90 of length", "output tok/s", "first row, s")
+    rounds = []
+    for number in range(arguments.rounds):
+        found = {arm: measure(arm, arguments) for arm in ARMS}
+        rounds.append(found)
+        for arm, seen in found.items():
+            first = f"{seen['first']:.1f}" if seen["first"] else ""
+            shown = (f"{seen['rows']:,}", f"{seen['tokens']:,}", f"{seen['p10']}-{seen['p90']}", f"{seen['rate']:,.0f}")
+            table.add_row(str(number), arm, *shown, first)
+    Console(width=120).print(table)
+    ratios = {
+        "throughput_vs_vllm": [r["ours"]["rate"] / r["vllm"]["rate"] for r in rounds],
+        "throughput_vs_ray_data_llm": [r["ours"]["rate"] / r["ray_data_llm"]["rate"] for r in rounds],
+        "first_row_vs_ray_data_llm": [r["ours"]["first"] / r["ray_data_llm"]["first"] for r in rounds],
+    }
+    print(json.dumps({name: round(statistics.median(values), 4) for name, values in ratios.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""From messages to the prompt a model was trained on: its own chat template, one BOS, its own stop tokens.
+
+Templates differ in what they take for granted. Some write the BOS and some leave it to the tokenizer; some refuse a
+system message; some models name only the end of a document as EOS, not the token that closes a turn. What a client
+wrote never becomes a control token, whatever it spells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from psycho.inference.marks import REASONING_TAGS
+
+Messages = list[dict[str, str]]
+
+_TAGS = {tag for pair in REASONING_TAGS for tag in pair}
+_ANSWER = "An answer that ends here"
+
+
+def render(tokenizer: Any, messages: Messages, variables: Mapping[str, Any] | None = None) -> tuple[str, list[int]]:
+    """The prompt as text and as token ids, up to where the answer begins.
+
+    Raises:
+        ValueError: the model's template refuses these messages.
+    """
+    plain = [message | {"content": plain_text(tokenizer, message["content"])} for message in messages]
+    text = with_one_bos(tokenizer, _apply(tokenizer, plain, variables or {}))
+    return text, tokenizer(text, add_special_tokens=False).input_ids
+
+
+def plain_text(tokenizer: Any, text: str) -> str:
+    """The text with control tokens taken apart, so that they are read as what they look like."""
+    for token in tokenizer.all_special_tokens:
+        if len(token) > 1 and token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def with_one_bos(tokenizer: Any, text: str) -> str:
+    """The text with one BOS where the model has one: by its template or, failing that, by its tokenizer."""
+    bos = tokenizer.bos_token
+    if not bos:
+        return text
+    bare = text
+    while bare.startswith(bos):
+        bare = bare[len(bos) :]
+    adds = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return bos + bare if adds or bare != text else text
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Tokens beside EOS that end an answer: the one with which the template closes an assistant's turn."""
+    talk = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+    except Exception:  # a reward model's tokenizer may have no template; then EOS is all there is
+        return []
+    ids = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False).input_ids[:1]
+    return [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.eos_token_id]
+
+
+def reasoning_is_control(tokenizer: Any) -> bool:
+    """True where the tags of reasoning are control tokens, which an engine would leave out of the text."""
+    return bool(_TAGS & set(tokenizer.all_special_tokens))
+
+
+def without_control(tokenizer: Any, text: str) -> str:
+    """The text of an answer that was decoded with its control tokens, without them, tags of reasoning apart."""
+    for token in set(tokenizer.all_special_tokens) - _TAGS:
+        text = text.replace(token, "")
+    return text
+
+
+def _apply(tokenizer: Any, messages: Messages, variables: Mapping[str, Any]) -> str:
+    tries: list[Sequence[dict[str, str]]] = [messages]
+    if len(messages) > 1 and messages[0]["role"] == "system":  # Gemma and others know no system message
+        first = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        tries.append([first, *messages[2:]])
+    reason = ""
+    for given in tries:
+        try:
+            return tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, **variables)
+        except Exception as error:  # templates raise what they like
+            reason = type(error).__name__
+    raise ValueError(f"the model's chat template refuses these messages ({reason})")
