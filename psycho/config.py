@@ -113,11 +113,28 @@ class ModelConfig(Section):
 class SpeechesConfig(Section):
     """Client speeches: where from, cleaning, split (paper, section 3.1)."""
 
-    source: str = Field("nano", description="CSV, JSONL or Parquet file; 'nano' makes them")
-    text_column: str = "question"
+    source: str = Field(
+        "nano",
+        description="CSV, JSONL or Parquet file or a folder of them, a `datasets` folder (each local or on s3:// and "
+        "the like), or a hub id; 'nano' makes them",
+    )
+    source_config: str | None = Field(None, description="configuration of a hub data set that has several")
+    source_split: str = Field("train", description="split of a `datasets` folder or hub data set")
+    text_column: str = Field("question", description="text, or a transcript [{role, content}, ...] (also as JSON)")
     id_column: str | None = Field(None, description="none: an id is derived from the text")
+    topic_column: str | None = Field(None, description="labels that psycho/speeches/topics.yaml knows")
+    topic_model: str | None = Field(None, description="a model of generation.pool that names each speech's topic")
+    history_turns: int = Field(12, ge=0, description="turns kept before the last client turn of a transcript")
     min_chars: int = Field(100, ge=1)
     max_chars: int = Field(1000, ge=1)
+    languages: tuple[str, ...] = Field(("en",), description="ISO 639-1 codes that are kept; empty: no filter")
+    min_language_confidence: float = Field(0.5, ge=0, le=1)
+    mask_personal_data: bool = Field(True, description="e-mail, phone, address, handle, URL, name -> [EMAIL] ...")
+    near_duplicates: Literal["drop", "keep", "ignore"] = Field(
+        "drop", description="drop: a cluster keeps its first speech; keep: all stay, on one side of the split"
+    )
+    near_threshold: float = Field(0.7, ge=0.3, le=1, description="Jaccard similarity of three-word shingles")
+    batch_timeout_s: float = Field(600, gt=0, description="longest wait for a batch of rows to be cleaned")
     evaluation: int = Field(150, ge=1, description="speeches held out for evaluation")
     max_evaluation_share: float = Field(0.35, gt=0, lt=1, description="bound on the share held out when data is short")
     limit: int | None = Field(None, ge=2, description="at most so many speeches in all")
@@ -127,6 +144,8 @@ class SpeechesConfig(Section):
     def _bounds(self) -> SpeechesConfig:
         if self.max_chars < self.min_chars:
             raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
+        if self.topic_column and self.topic_model:
+            raise ValueError("topic_column and topic_model are both set; topics come from one of them")
         return self
 
 

@@ -24,6 +24,7 @@ from psycho.inference.requests import shares
 from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
 from psycho.preferences.published import source_files
 from psycho.run import Run
+from psycho.speeches.source import find_files, is_hub_id
 from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge, same_judge, starts_from_pairs
 
 CARDS_GIB = (24, 48, 80)
@@ -181,14 +182,16 @@ def count_speeches(config: Config) -> tuple[int, str]:
     if speeches.source == "nano":
         made = speeches.nano_train + speeches.evaluation
         return made, f"{made:,} made by the nano grammar"
-    path = Path(speeches.source).expanduser()
     try:
-        found, told = _count_rows(path), "rows before cleaning"
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        why = "not there yet" if isinstance(error, FileNotFoundError) else "cannot be read"
+        far = storage.is_remote(speeches.source) or is_hub_id(speeches.source)
+        found = 0 if far else sum(_count_rows(Path(file.uri)) for file in find_files(speeches))
+    except (OSError, ValueError, csv.Error, pa.ArrowException, BadInput):
+        far, found = False, 0
+    told = f"{found:,} rows before cleaning"
+    if not found:
+        there = Path(speeches.source).expanduser().exists()
+        why = "not counted from here" if far else "cannot be read" if there else "not there yet"
         found, told = PAPER_SPEECHES, f"{why}; assuming {PAPER_SPEECHES:,} as in the paper"
-    else:
-        told = f"{found:,} {told}"
     kept = min(found, speeches.limit or found)
     return kept, f"{speeches.source} ({told}{f'; speeches.limit {kept:,}' if kept < found else ''})"
 
@@ -209,7 +212,10 @@ def _count_pairs(config: Config) -> tuple[int, str]:
 def _count_rows(path: Path) -> int:
     if path.suffix.lower() == ".parquet":
         return pq.ParquetFile(path).metadata.num_rows
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    if path.suffix == ".arrow":
+        with pa.ipc.open_stream(str(path)) as batches:
+            return sum(batch.num_rows for batch in batches)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         if path.suffix.lower() == ".csv":
             return max(0, sum(1 for row in csv.reader(file) if row) - 1)
         return sum(1 for line in file if line.strip())

@@ -37,6 +37,17 @@ class Stage:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class QuarantineFile:
+    """Rows left out that a stage has written already, as lines of JSON, because there may be too many to hold."""
+
+    path: str
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+
 @dataclass
 class StageResult:
     """Counts of one stage; `rows_in` = `rows_out` + quarantined, checked before the manifest is written."""
@@ -45,7 +56,7 @@ class StageResult:
     rows_out: int = 0
     tokens: int = 0
     cost: float = 0.0
-    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    quarantine: list[dict[str, Any]] | QuarantineFile = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -162,8 +173,11 @@ class Run:
         storage.remove(self.path("manifests", f"{name}.json"))
         for output in stage.outputs:
             storage.publish(storage.join(self.partial(name), output), self.path(output))
-        lines = "".join(json.dumps(row) + "\n" for row in result.quarantine)
-        storage.write_text(self.path("quarantine", f"{name}.jsonl"), lines)
+        left_out = self.path("quarantine", f"{name}.jsonl")
+        if isinstance(result.quarantine, QuarantineFile):
+            storage.publish(result.quarantine.path, left_out)
+        else:
+            storage.write_text(left_out, "".join(json.dumps(row) + "\n" for row in result.quarantine))
         manifest = {
             "stage": name,
             "key": self.key(name),

@@ -21,6 +21,7 @@ CLIENT_SPEECH = pa.schema(
         ("split", pa.string()),  # train | evaluation
         ("topic", pa.string()),
         ("history", pa.string()),  # JSON of the earlier turns [{role, content}, ...]; null for a single turn
+        ("cluster", pa.string()),  # the speech_id of the first of its near-duplicates; a split never parts them
     ]
 )
 

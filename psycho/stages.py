@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from psycho import storage
@@ -16,6 +15,7 @@ from psycho.models import identity, named_models, resolve
 from psycho.nano.build import nano_key
 from psycho.preferences.published import source_files
 from psycho.run import Stage
+from psycho.speeches.source import fingerprint
 
 Settings = Mapping[str, Any]
 CALIBRATION = ("evaluation", "calibration.json")  # written by `judge --calibrate`, in the run folder
@@ -42,11 +42,7 @@ def _training(config: Config) -> dict[str, Any]:
 def _source(config: Config) -> list[Any]:
     if config.speeches.source == "nano":
         return [nano_key(config.nano)]
-    path = Path(config.speeches.source).expanduser()
-    if not path.exists():
-        return [config.speeches.source, None]
-    facts = path.stat()
-    return [facts.st_size, facts.st_mtime_ns]
+    return fingerprint(config.speeches)
 
 
 def _pairs_source(config: Config) -> dict[str, Any]:
@@ -61,7 +57,13 @@ def _pairs_source(config: Config) -> dict[str, Any]:
 def _prepare(config: Config) -> Settings:
     if config.pairs.source:
         return _pairs_source(config)
-    return {"speeches": config.speeches, "source": _source(config), "seed": config.seed}
+    labels = [model for model in config.generation.pool if model.name == config.speeches.topic_model]
+    return {
+        "speeches": config.speeches.model_dump(mode="json", exclude={"batch_timeout_s"}),
+        "source": _source(config),
+        "topic_model": [identity(config, model.model) for model in labels],
+        "seed": config.seed,
+    }
 
 
 def _generate(config: Config) -> Settings:

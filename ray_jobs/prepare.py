@@ -1,42 +1,47 @@
-"""Client speeches: read, clean, drop exact duplicates, split by speech.
+"""Client speeches: read, clean, mask personal data, drop duplicates, name topics, split by speech.
 
 python -m ray_jobs.prepare --config configs/nano.yaml
 python -m ray_jobs.prepare --set speeches.source=speeches.csv --set speeches.text_column=text
+python -m ray_jobs.prepare --set speeches.source=s3://bucket/sessions/ --set speeches.text_column=messages
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from psycho import storage
+from psycho.config import Config, ModelConfig
+from psycho.errors import BadInput
 from psycho.job import Job, main
 from psycho.nano import build
 from psycho.preferences.published import read_published
 from psycho.run import StageResult
 from psycho.schema import CLIENT_SPEECH
-from psycho.speeches.clean import clean_speeches, split_speeches
-from psycho.speeches.read import read_speeches
+from psycho.speeches.topics import coarse_counts
 from psycho.stages import starts_from_pairs
+
+_WITHOUT_RAY = 16  # batches that are cleaned sooner than Ray starts
 
 
 def prepare(job: Job) -> None:
     """Write `speeches/`."""
-    config = job.config.speeches
 
     def body(partial: str) -> StageResult:
-        quarantine: list[dict[str, Any]] = []
         if starts_from_pairs(job.config):
             return _imported(job, partial)
-        if config.source == "nano":
-            speeches = build.speeches(job.config.nano, config.nano_train, config.evaluation, job.config.seed)
-            rows = len(speeches)
-        else:
-            kept, quarantine, rows = clean_speeches(read_speeches(config), config)
-            speeches = split_speeches(kept, config, job.config.seed)
-        storage.write_table(pa.Table.from_pylist(speeches, schema=CLIENT_SPEECH), storage.join(partial, "speeches"))
-        return StageResult(rows_in=rows, rows_out=len(speeches), quarantine=quarantine)
+        if job.config.speeches.source == "nano":
+            return _nano(job, partial)
+        labeller = topic_model(job.config)
+        result = _read(job, partial)
+        if labeller:
+            result.extra["topics"] = _label(job, partial, labeller, result.rows_out)
+        return result
 
     job.stage("prepare", body)
 
@@ -46,6 +51,78 @@ def _imported(job: Job, partial: str) -> StageResult:
     speeches = list(read_published(job.config.pairs, job.config.seed).speeches.values())
     storage.write_table(pa.Table.from_pylist(speeches, schema=CLIENT_SPEECH), storage.join(partial, "speeches"))
     return StageResult(rows_in=len(speeches), rows_out=len(speeches))
+
+
+def _nano(job: Job, partial: str) -> StageResult:
+    """Speeches of the embedded world: clean by construction, their topics known."""
+    config = job.config
+    made = build.speeches(config.nano, config.speeches.nano_train, config.speeches.evaluation, config.seed)
+    rows = [row | {"cluster": row["speech_id"]} for row in made]
+    storage.write_table(pa.Table.from_pylist(rows, schema=CLIENT_SPEECH), storage.join(partial, "speeches"))
+    extra = {"topics": coarse_counts(row["topic"] for row in rows)}
+    return StageResult(rows_in=len(rows), rows_out=len(rows), extra=extra)
+
+
+def _read(job: Job, partial: str) -> StageResult:
+    """Speeches of a source; a short one is cleaned here, a long one on all CPUs of the cluster."""
+    from psycho.speeches.clean import Cleaned, clean_batch
+    from psycho.speeches.parallel import clean_on_ray
+    from psycho.speeches.prepare import Batches, prepare_speeches
+
+    config, seed = job.config.speeches, job.config.seed
+
+    def clean_all(batches: Batches) -> Iterator[Cleaned]:
+        begin = list(islice(batches, _WITHOUT_RAY))
+        if len(begin) < _WITHOUT_RAY:
+            return (clean_batch(batch, config, seed) for batch in begin)
+        job.need_ray()
+        return clean_on_ray(chain(begin, batches), config, seed)
+
+    return prepare_speeches(config, seed, partial, clean_all)
+
+
+def topic_model(config: Config) -> ModelConfig | None:
+    """The model that names topics, if any.
+
+    Raises:
+        BadInput: the pool has no model of that name.
+    """
+    wanted = config.speeches.topic_model
+    if wanted is None:
+        return None
+    for model in config.generation.pool:
+        if model.name == wanted:
+            return model
+    names = ", ".join(model.name for model in config.generation.pool) or "none"
+    raise BadInput(f"speeches.topic_model {wanted} is no model of generation.pool; its models are {names}")
+
+
+def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, int]:
+    """Fill in `topic`, shard by shard, and count the coarse topics."""
+    from psycho.inference.batch import run_batches
+    from psycho.inference.worker import EngineSpec
+    from psycho.models import resolve
+    from psycho.speeches.label import TopicBatch
+    from ray_jobs.nano import ensure_nano
+
+    ensure_nano(job)
+    job.need_ray()
+    inference, folder = job.config.inference, storage.join(partial, "speeches")
+    spec = EngineSpec(model.engine or inference.engine, job.config.seed, inference.env, job.verbose)
+    topics: list[str] = []
+    with job.progress.stage("topics", total, "speeches") as reporter:
+        arguments: dict[str, Any] = {"spec": spec, "model": resolve(job.config, model.model), "reporter": reporter}
+        for fs, path in list(storage.parquet_files(folder)):
+            speeches, name = pq.read_table(path, filesystem=fs), PurePosixPath(path).name
+            requests = speeches.select(["speech_id", "question"]).rename_columns(["request_id", "question"])
+            answers = storage.join(partial, "answers", name)
+            tables = run_batches(requests, answers, TopicBatch, arguments, inference, model.gpus_per_worker)
+            found = {row["request_id"]: row["topic"] for table in tables for row in table.to_pylist()}
+            column = [found[speech_id] for speech_id in speeches["speech_id"].to_pylist()]
+            place = speeches.column_names.index("topic")
+            storage.write_table(speeches.set_column(place, "topic", pa.array(column)), folder, name)
+            topics += column
+    return coarse_counts(topics)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,18 @@ def test_rows_of_jsonl_and_parquet_and_a_limit(tmp_path):
     assert "cannot be read; assuming 26,483" in plan.count_speeches(minimal(speeches={"source": str(table)}))[1]
 
 
+def test_rows_of_a_folder_and_of_what_is_far_away(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"question": ["a"] * 7}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.csv").write_text("question\none\ntwo\n")
+    (tmp_path / "mixed" / "b.jsonl").write_text('{"question": "a"}\n')
+    assert plan.count_speeches(minimal(speeches={"source": str(tmp_path / "saved")}))[0] == 7
+    assert plan.count_speeches(minimal(speeches={"source": str(tmp_path / "mixed")}))[0] == 3
+    for far in ("s3://bucket/speeches.csv", "owner/name"):
+        assert "not counted from here; assuming 26,483" in plan.count_speeches(minimal(speeches={"source": far}))[1]
+
+
 def test_rows_follow_the_paper():
     found = stages(load_config(PAPER))
     assert found["generate"].requests == found["judge"].rows_in == 26_483 * 4

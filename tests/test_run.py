@@ -14,7 +14,7 @@ import pytest
 from psycho import storage
 from psycho.config import load_config
 from psycho.errors import BadInput, StageFailed
-from psycho.run import FORMAT, Run, Stage, StageResult
+from psycho.run import FORMAT, QuarantineFile, Run, Stage, StageResult
 from psycho.stages import STAGES
 
 NANO = Path(__file__).parents[1] / "configs" / "nano.yaml"
@@ -27,6 +27,9 @@ HANGS_ON: dict[str, set[str]] = {
     "nano.seed=1": set(ALL),
     "speeches.evaluation=100": set(ALL),
     "speeches.min_chars=90": set(ALL),
+    "speeches.near_threshold=0.9": set(ALL),
+    "speeches.topic_model=base": set(ALL),
+    "speeches.batch_timeout_s=7": set(),
     "generation.models_per_speech=3": set(ALL) - {"prepare"},
     "generation.sampling.temperature=0.5": set(ALL) - {"prepare"},
     "generation.system_prompt=Listen.": set(ALL) - {"prepare"},
@@ -196,6 +199,15 @@ def test_every_row_left_out_is_in_the_quarantine_file(toy):
     manifest = toy.run.execute("first", toy.body("a", rows_in=5, quarantine=left_out))
     assert manifest["quarantined"] == 2
     assert [json.loads(line) for line in toy.text("quarantine", "first.jsonl").splitlines()] == left_out
+
+
+def test_a_quarantine_that_is_on_disk_already_is_moved_into_its_place(toy, tmp_path):
+    (tmp_path / "left_out.jsonl").write_text('{"row": 1, "reason": "r"}\n{"row": 4, "reason": "r"}\n')
+    left_out = QuarantineFile(str(tmp_path / "left_out.jsonl"), 2)
+    with pytest.raises(StageFailed, match="4 in, 3 out, 2 quarantined"):
+        toy.run.execute("first", toy.body("a", rows_in=4, quarantine=left_out))
+    assert toy.run.execute("first", toy.body("a", rows_in=5, quarantine=left_out))["quarantined"] == 2
+    assert (toy.text("quarantine", "first.jsonl") or "").count("\n") == 2 and not (tmp_path / "left_out.jsonl").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom"), BadInput("no")])

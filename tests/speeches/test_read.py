@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ import pytest
 
 from psycho.config import SpeechesConfig
 from psycho.errors import BadInput
-from psycho.speeches.clean import clean_speeches
-from psycho.speeches.read import read_speeches
+from psycho.speeches import read as reading
+from psycho.speeches.clean import clean_batch
+from psycho.speeches.prepare import prepare_speeches
+from psycho.speeches.read import CP1252, read_speeches
 
 SECRET = "Since my brother Tobias died I cannot sleep, and nobody at work has asked me once how I am doing."
 ROWS = [(1, SECRET, None), (2, "second", None)]
 
 
-def read(path: Path, **settings: Any) -> list[tuple[int, str | None, str | None]]:
-    return list(read_speeches(SpeechesConfig(source=str(path), **settings)))
+def read(path: Path | str, **settings: Any) -> list[tuple[int, Any, str | None]]:
+    return [(row.number, row.text, row.id) for row in read_speeches(SpeechesConfig(source=str(path), **settings))]
+
+
+def reasons(path: Path, **settings: Any) -> list[str | None]:
+    """Why each row is left out, None where it is not; without the language filter and near-duplicates."""
+    plain = SpeechesConfig(source=str(path), languages=(), near_duplicates="ignore", min_chars=50, **settings)
+    return clean_batch(list(read_speeches(plain)), plain, 0).table["reason"].to_pylist()
 
 
 def refused(path: Path, **settings: Any) -> str:
@@ -77,7 +86,7 @@ def test_a_file_without_a_header_does_not_show_its_first_speech(tmp_path, kind):
     ("name", "part"),
     [
         ("none.csv", "does not exist; give a CSV, JSONL or Parquet file"),
-        ("folder.csv", "is a folder"),
+        ("folder.csv", "is a folder without CSV, JSONL or Parquet files"),
         ("speeches.xlsx", "ends in '.xlsx'; give .csv, .jsonl or .parquet"),
         ("speeches", "ends in ''"),
     ],
@@ -103,7 +112,7 @@ def test_no_rows(tmp_path, kind, content):
     config = SpeechesConfig(source=str(path))
     assert read(path) == []
     with pytest.raises(BadInput, match="holds no rows"):
-        clean_speeches(read_speeches(config), config)
+        prepare_speeches(config, 0, str(tmp_path / "out"))
 
 
 def test_no_rows_in_a_parquet_file(tmp_path):
@@ -111,17 +120,41 @@ def test_no_rows_in_a_parquet_file(tmp_path):
     assert read(tmp_path / "speeches.parquet") == []
 
 
-def test_not_utf_8_in_a_csv(tmp_path):
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_lines_in_windows_code_page_are_read_and_counted(tmp_path, kind):
+    path = tmp_path / f"speeches.{kind}"
+    texts = [SECRET, "café – “so”", "naïve in UTF-8"]
+    lines = [json.dumps({"question": t}, ensure_ascii=False) if kind == "jsonl" else f'"{t}"' for t in texts]
+    coded = [lines[0].encode(), lines[1].encode("cp1252"), lines[2].encode()]
+    path.write_bytes(b"\n".join([b"question"] * (kind == "csv") + coded) + b"\n")
+    notes: Counter[str] = Counter()
+    rows = list(read_speeches(SpeechesConfig(source=str(path)), notes))
+    assert [row.text for row in rows] == texts and notes == {CP1252: 1}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"question": SECRET}).encode("utf-16"),
+        b"\x1f\x8b\x08" + SECRET.encode(),
+        b"PK\x03\x04" + SECRET.encode(),
+        SECRET.encode() + b"\0\1\2",
+    ],
+)
+def test_a_binary_file_is_a_sentence(tmp_path, kind, content):
+    path = tmp_path / f"speeches.{kind}"
+    path.write_bytes(content)
+    assert "is not text in UTF-8 (binary or UTF-16?); save it as UTF-8" in refused(path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_line_ends_and_delimiters_of_other_systems(tmp_path, end, delimiter):
     path = tmp_path / "speeches.csv"
-    path.write_bytes(b"question\n" + (SECRET + "\n").encode() * 200 + "café\n".encode("latin-1"))
-    assert "is not UTF-8 (after row " in refused(path) and "save it as UTF-8" in refused(path)
-
-
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_not_utf_8_in_a_jsonl(tmp_path, encoding):
-    path = tmp_path / "speeches.jsonl"
-    path.write_bytes(json.dumps({"question": f"{SECRET} café"}, ensure_ascii=False).encode(encoding))
-    assert "is not UTF-8" in refused(path)
+    rows = [["key", "question"], ["a", f'"{SECRET}"'], ["b", '"two' + end + 'lines, ""quoted"""'], ["c", "second"]]
+    path.write_bytes("".join(delimiter.join(row) + end for row in rows).encode())
+    assert read(path, id_column="key") == [(1, SECRET, "a"), (2, f'two{end}lines, "quoted"', "b"), (3, "second", "c")]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -133,10 +166,34 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, kind):
 
 def test_a_speech_of_10_mb_is_left_out_and_the_others_kept(tmp_path):
     path = write(tmp_path, "csv", [{"question": SECRET}, {"question": "x" * 10_000_000}, {"question": SECRET[::-1]}])
-    config = SpeechesConfig(source=str(path), min_chars=50)
-    kept, quarantine, rows = clean_speeches(read_speeches(config), config)
-    assert (len(kept), rows) == (2, 3)
-    assert quarantine == [{"row": 2, "reason": "10000000 characters, over speeches.max_chars 1000"}]
+    assert reasons(path) == [None, "10000000 characters, over speeches.max_chars 1000", None]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("filling", ["x", 'x""', "x, ", "ü"])
+def test_a_line_of_any_length_costs_no_more_than_its_row(tmp_path, monkeypatch, kind, filling):
+    monkeypatch.setattr(reading, "MAX_LINE", 4096)
+    long = {"csv": filling * 30_001, "jsonl": filling.replace('"', "'") * 30_001}[kind]
+    path = write(tmp_path, kind, [{"question": SECRET}, {"question": long}, {"question": SECRET[::-1]}])
+    found = read(path)
+    assert [found[0][1], found[2][1]] == [SECRET, SECRET[::-1]]
+    assert found[1][1] is None
+    first, second, third = reasons(path)
+    assert first is third is None and second == "a line of 16 MiB or more"
+
+
+def test_a_quote_that_was_cut_out_swallows_no_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_LINE", 4096)
+    path = tmp_path / "speeches.csv"
+    path.write_text(f'question,other\n"{SECRET}",a\n"{"x" * 9000}",{"y" * 9000}\n"{SECRET[::-1]}",b\n')
+    assert reasons(path) == [None, "a line of 16 MiB or more", None]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_line_of_100_mb(tmp_path, kind):
+    path = write(tmp_path, kind, [{"question": SECRET}, {"question": "x" * 100_000_000}, {"question": SECRET[::-1]}])
+    first, second, third = reasons(path)
+    assert first is third is None and second == "a line of 16 MiB or more"
 
 
 @pytest.mark.parametrize(
@@ -148,19 +205,19 @@ def test_a_broken_line_of_jsonl_is_left_out_and_the_others_kept(tmp_path, line):
     path = tmp_path / "speeches.jsonl"
     path.write_text(f"{good}\n{line}\n\n{good}\n")
     assert read(path) == [(1, SECRET, None), (2, None, None), (3, SECRET, None)]
-    config = SpeechesConfig(source=str(path), min_chars=50)
-    _, quarantine, _ = clean_speeches(read_speeches(config), config)
-    assert quarantine[0] == {"row": 2, "reason": "no text in this row"}
+    assert reasons(path) == [None, "not a JSON object", None]
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, None), ([SECRET], None), ({"a": SECRET}, None), (1.5, None), (7, "7"), ("", ""), ("a\ud800b", "a?b")],
+    [(None, None), ({"a": SECRET}, None), (1.5, None), (True, None), (7, "7"), ("a\ud800b", "a?b")],
 )
 def test_values_that_are_no_text(tmp_path, value, text):
     path = tmp_path / "speeches.jsonl"
     path.write_text(json.dumps({"question": value}) + "\n")
-    assert read(path) == [(1, text, None)]
+    config = SpeechesConfig(source=str(path), min_chars=1, languages=(), near_duplicates="ignore")
+    [row] = clean_batch(list(read_speeches(config)), config, 0).table.to_pylist()
+    assert row["question"] == text and row["reason"] == (None if text else "no text in this row")
 
 
 def test_half_a_surrogate_pair_in_an_id_can_be_stored(tmp_path):

@@ -1,0 +1,214 @@
+"""From a source to `speeches/`: every row is accounted for, clusters stay together, nothing personal is stored."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.prepare_scale import speeches as synthetic
+from psycho import storage
+from psycho.config import SpeechesConfig
+from psycho.errors import BadInput
+from psycho.run import StageResult
+from psycho.schema import CLIENT_SPEECH
+from psycho.speeches import prepare as preparing
+from psycho.speeches.clean import clean_batch
+from psycho.speeches.prepare import BATCH_ROWS, prepare_speeches
+
+COUNSEL_CHAT = Path(__file__).parents[3] / "shared" / "data" / "counsel_chat_questions.csv"
+SENTENCE = "the day my mother left and then I could not sleep for weeks because of all that was said at night"
+
+
+def write(folder: Path, rows: list[Any]) -> Path:
+    path = folder / "in.jsonl"
+    path.write_text("".join(json.dumps(row if isinstance(row, dict) else {"question": row}) + "\n" for row in rows))
+    return path
+
+
+def prepared(folder: Path, **settings: Any) -> tuple[StageResult, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The result, the speeches and the quarantine of `in.jsonl`, without the language filter unless it is set."""
+    plain = {"source": str(folder / "in.jsonl"), "min_chars": 5, "languages": (), "evaluation": 2}
+    result = prepare_speeches(SpeechesConfig.model_validate(plain | settings), 0, str(folder / "out"))
+    table = storage.read_table(str(folder / "out" / "speeches"))
+    left_out = [json.loads(line) for line in (folder / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert result.rows_in == result.rows_out + len(result.quarantine)
+    assert (table.num_rows, len(left_out)) == (result.rows_out, len(result.quarantine))
+    assert table.schema.equals(CLIENT_SPEECH) and not (folder / "out" / "work").exists()
+    return result, table.to_pylist(), left_out
+
+
+def distinct(count: int, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return [
+        " ".join(draw.choice(SENTENCE.split()) + str(draw.randrange(1000)) for _ in range(30)) for _ in range(count)
+    ]
+
+
+def test_every_row_comes_out_or_is_left_out_with_its_reason(tmp_path):
+    texts = distinct(8)
+    changed = texts[0].rsplit(" ", 2)[0] + " other end"
+    write(tmp_path, [texts[0], {"question": None}, changed, *texts[1:], "abc", f" {texts[1]}\n"])
+    result, speeches, left_out = prepared(tmp_path)
+    assert [row["question"] for row in speeches] == texts
+    assert left_out == [
+        {"row": 2, "reason": "no text in this row"},
+        {"row": 3, "reason": "near duplicate of row 1"},
+        {"row": 11, "reason": "3 characters, under speeches.min_chars 5"},
+        {"row": 12, "reason": "exact duplicate"},
+    ]
+    assert result.extra["duplicates"] == {"exact": 1, "near": 1}
+    assert result.extra["left_out"] == {
+        "no text in this row": 1,
+        "near duplicate": 1,
+        "under speeches.min_chars": 1,
+        "exact duplicate": 1,
+    }
+    assert [row["cluster"] for row in speeches] == [row["speech_id"] for row in speeches]
+    assert Counter(row["split"] for row in speeches) == {"train": 6, "evaluation": 2}
+
+
+def test_near_duplicates_that_stay_share_a_cluster_and_a_side(tmp_path):
+    texts = distinct(40)
+    copies = [f"{text} and more {n}" for n, text in enumerate(texts)]
+    write(tmp_path, [text for both in zip(texts, copies, strict=True) for text in both])
+    _, speeches, left_out = prepared(tmp_path, near_duplicates="keep", evaluation=21, max_evaluation_share=0.5)
+    assert len(speeches) == 80 and left_out == []
+    for first, second in zip(speeches[::2], speeches[1::2], strict=True):
+        assert first["cluster"] == second["cluster"] == first["speech_id"]
+        assert first["split"] == second["split"]
+    assert Counter(row["split"] for row in speeches)["evaluation"] == 20  # ten whole clusters; 21 would part one
+    _, all_of_them, _ = prepared(tmp_path, near_duplicates="ignore")
+    assert [row["cluster"] for row in all_of_them] == [row["speech_id"] for row in all_of_them]
+
+
+def test_ids_limit_and_topics(tmp_path):
+    texts = distinct(6)
+    labels = ["sleep", "Depression", "nonsense", "sleep", "sleep", "sleep"]
+    ids = ["a", "b", "a", "c", "d", "e"]
+    write(tmp_path, [{"question": t, "key": i, "label": x} for t, i, x in zip(texts, ids, labels, strict=True)])
+    result, speeches, left_out = prepared(tmp_path, id_column="key", topic_column="label", limit=4)
+    assert [row["speech_id"] for row in speeches] == ["a", "b", "c", "d"]
+    assert [row["topic"] for row in speeches] == ["sleep", "low_mood", "sleep", "sleep"]
+    assert left_out == [{"row": 3, "reason": "id used twice"}, {"row": 6, "reason": "over speeches.limit 4"}]
+    assert result.extra["topics"] == {"body": 3, "mood": 1}
+
+
+def test_transcripts_keep_what_came_before(tmp_path):
+    turns = [{"role": "user", "content": "I am sad."}, {"role": "assistant", "content": "Since when?"}]
+    write(tmp_path, [{"messages": [*turns, {"role": "user", "content": text}]} for text in distinct(4)])
+    _, speeches, _ = prepared(tmp_path, text_column="messages")
+    assert [json.loads(row["history"]) for row in speeches] == [turns] * 4
+
+
+def test_no_file_of_the_run_holds_what_was_masked(tmp_path):
+    write(tmp_path, [f"{text} My mail is anna.berg@example.com" for text in distinct(5)])
+    seen: list[bytes] = []
+    real = preparing._decide
+
+    def look(*arguments: Any) -> Any:
+        seen.extend(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "_decide", look)
+        result, speeches, _ = prepared(tmp_path)
+    assert result.extra["personal_data"] == {"EMAIL": 5} and len(seen) > 20
+    seen += [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(b"anna.berg" in content for content in seen)
+    assert all(row["question"].endswith("My mail is [EMAIL]") for row in speeches)
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.data())
+def test_shards_and_batches_leave_no_trace(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("prepare")
+    texts = distinct(20)
+    rows = data.draw(st.lists(st.sampled_from([*texts, "abc", None]), min_size=30, max_size=60)) + texts
+    write(folder, rows)
+    whole = prepared(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "BATCH_ROWS", data.draw(st.integers(1, 9)))
+        patch.setattr(preparing, "SHARD_ROWS", data.draw(st.integers(1, 30)))
+        assert prepared(folder)[1:] == whole[1:]
+
+
+def test_what_an_interrupted_run_left_is_not_mixed_in(tmp_path, monkeypatch):
+    write(tmp_path, distinct(50))
+    monkeypatch.setattr(preparing, "SHARD_ROWS", 10)
+    monkeypatch.setattr(preparing, "BATCH_ROWS", 10)
+    real = storage.write_table
+
+    def stop(table: Any, uri: str, name: str) -> None:
+        if name == "part-00003.parquet":
+            raise KeyboardInterrupt
+        real(table, uri, name)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "write_table", stop)
+        prepared(tmp_path)
+    write(tmp_path, distinct(12, seed=1))
+    _, speeches, _ = prepared(tmp_path)
+    assert len(speeches) == 12
+
+
+def test_too_few_speeches_is_a_sentence(tmp_path):
+    write(tmp_path, distinct(1))
+    with pytest.raises(BadInput, match=r"only 1 speeches of .* are left after cleaning; give more"):
+        prepared(tmp_path)
+
+
+def test_an_unknown_language_code_is_a_sentence(tmp_path):
+    write(tmp_path, distinct(3))
+    with pytest.raises(BadInput, match="'english' is no language code"):
+        prepared(tmp_path, languages=["english"])
+
+
+def test_what_was_planted_is_found(tmp_path):
+    planted = Counter(kind for kind, _ in synthetic(3000))
+    write(tmp_path, [text for _, text in synthetic(3000)])
+    result, _, _ = prepared(tmp_path, languages=("en",), evaluation=100)
+    duplicates = result.extra["duplicates"]
+    assert abs(duplicates["exact"] - planted["exact"]) <= 2
+    assert abs(duplicates["near"] - planted["near"]) <= 0.03 * planted["near"]
+    assert result.extra["languages"] == {"en": 3000}
+
+
+def test_a_cluster_of_workers_gives_the_same_rows(tmp_path, local_ray):
+    from psycho.speeches.parallel import clean_on_ray
+
+    path = write(tmp_path, [text for _, text in synthetic(10 * BATCH_ROWS)])
+    config = SpeechesConfig(source=str(path))
+    here = prepare_speeches(config, 0, str(tmp_path / "here"))
+    there = prepare_speeches(config, 0, str(tmp_path / "there"), lambda batches: clean_on_ray(batches, config, 0))
+    assert (here.rows_in, here.rows_out, here.extra) == (there.rows_in, there.rows_out, there.extra)
+    assert storage.read_table(str(tmp_path / "here" / "speeches")) == storage.read_table(
+        str(tmp_path / "there" / "speeches")
+    )
+
+
+@pytest.mark.skipif(not COUNSEL_CHAT.is_file(), reason=f"{COUNSEL_CHAT} is not here; the project does not ship it")
+def test_real_client_speeches(tmp_path):
+    config = SpeechesConfig(
+        source=str(COUNSEL_CHAT), text_column="questionText", id_column="questionID", topic_column="topic"
+    )
+    result = prepare_speeches(config, 0, str(tmp_path))
+    rows = storage.read_table(str(tmp_path / "speeches")).to_pylist()
+    assert result.rows_in == 500 == len(rows) + len(result.quarantine) and len(rows) > 300
+    assert all(100 <= len(row["question"]) <= 1000 and "\u2019" not in row["question"] for row in rows)
+    assert Counter(row["split"] for row in rows)["evaluation"] == min(150, int(0.35 * len(rows)))
+    assert sum(bool(row["topic"]) for row in rows) > 0.9 * len(rows)
+    assert result.extra["languages"].get("en", 0) >= 0.99 * len(rows)
+    told = (tmp_path / "quarantine.jsonl").read_text()
+    assert not any(row["question"][:20] in told for row in rows)
+
+
+def test_clean_batch_takes_an_empty_batch():
+    batch = clean_batch([], SpeechesConfig(), 0)
+    assert batch.table.num_rows == 0 and batch.keys.shape == (0, 3) and batch.signature.shape[0] == 0
