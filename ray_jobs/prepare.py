@@ -120,7 +120,7 @@ def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, 
             found = {row["request_id"]: row["topic"] for table in tables for row in table.to_pylist()}
             column = [found[speech_id] for speech_id in speeches["speech_id"].to_pylist()]
             place = speeches.column_names.index("topic")
-            storage.write_table(speeches.set_column(place, "topic", pa.array(column)), folder, name)
+            storage.write_rows(speeches.set_column(place, "topic", pa.array(column)), storage.join(folder, name))
             topics += column
     return coarse_counts(topics)
 

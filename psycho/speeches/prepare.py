@@ -220,7 +220,7 @@ def _write(
                     reasons[_kind(reason)] += 1
             if kept:
                 table = pa.Table.from_pylist(kept, schema=CLIENT_SPEECH)
-                storage.write_table(table, target, f"part-{part:05d}.parquet")
+                storage.write_rows(table, storage.join(target, f"part-{part:05d}.parquet"))
                 part += 1
     return topics, reasons
 
