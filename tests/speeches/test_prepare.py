@@ -143,15 +143,15 @@ def test_what_an_interrupted_run_left_is_not_mixed_in(tmp_path, monkeypatch):
     write(tmp_path, distinct(50))
     monkeypatch.setattr(preparing, "SHARD_ROWS", 10)
     monkeypatch.setattr(preparing, "BATCH_ROWS", 10)
-    real = storage.write_table
+    real = storage.write_rows
 
-    def stop(table: Any, uri: str, name: str) -> None:
-        if name == "part-00003.parquet":
+    def stop(table: Any, uri: str) -> None:
+        if uri.endswith("part-00003.parquet"):
             raise KeyboardInterrupt
-        real(table, uri, name)
+        real(table, uri)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(storage, "write_table", stop)
+        patch.setattr(storage, "write_rows", stop)
         prepared(tmp_path)
     write(tmp_path, distinct(12, seed=1))
     _, speeches, _ = prepared(tmp_path)
