@@ -21,6 +21,7 @@ from psycho.inference.pool import WorkerPool
 from psycho.inference.requests import prompt
 from psycho.inference.worker import Completion
 from psycho.job import Job, main
+from psycho.judging.judge import PairItem
 from psycho.models import resolve
 from psycho.nano import truth
 from psycho.progress import Reporter
@@ -109,7 +110,7 @@ def compare_all(
     """A row per policy and speech with the outcome over both orders (None: not judged), and all verdicts."""
     judge = evaluation_judge(job.config)
     rows: list[Row] = []
-    items: list[tuple[str, str, str]] = []
+    items: list[PairItem] = []
     for policy in POLICIES:
         for speech, own, other in zip(speeches, answers[policy], answers[BASELINE], strict=True):
             mine, theirs = own.text.strip(), other.text.strip()
@@ -123,7 +124,8 @@ def compare_all(
                     "baseline_chars": len(theirs),
                 }
             )
-            items += [(speech["question"], mine, theirs), (speech["question"], theirs, mine)]
+            said, before = speech["question"], speech.get("history")
+            items += [(said, mine, theirs, before), (said, theirs, mine, before)]
     seeds = [stable_seed("compare", job.config.seed, index) for index in range(len(items))]
     verdicts = pool.compare(resolve(job.config, judge.model), judge, items, seeds, reporter)
     for index, row in enumerate(rows):

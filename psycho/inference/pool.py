@@ -15,7 +15,7 @@ from psycho.config import InferenceConfig, JudgeConfig, SamplingConfig
 from psycho.errors import StageFailed, WaitTimedOut
 from psycho.inference.batch import check_room
 from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
-from psycho.judging.judge import rate_pairs, rate_single
+from psycho.judging.judge import Item, PairItem, rate_pairs, rate_single
 from psycho.judging.rubric import Rating
 from psycho.progress import Reporter
 
@@ -29,14 +29,12 @@ class _PoolWorker(VLLMWorker):
         self.use(model)
         return self.generate(conversations, seeds, sampling)
 
-    def rate(
-        self, model: str, judge: JudgeConfig, items: list[tuple[str, str]], seeds: list[int]
-    ) -> list[Rating | None]:
+    def rate(self, model: str, judge: JudgeConfig, items: list[Item], seeds: list[int]) -> list[Rating | None]:
         self.use(model)
         return [rating for rating, *_ in rate_single(self, judge, items, seeds)]
 
     def compare(
-        self, model: str, judge: JudgeConfig, items: list[tuple[str, str, str]], seeds: list[int]
+        self, model: str, judge: JudgeConfig, items: list[PairItem], seeds: list[int]
     ) -> list[tuple[Rating, Rating] | None]:
         self.use(model)
         return rate_pairs(self, judge, items, seeds)
@@ -92,7 +90,7 @@ class WorkerPool:
         self,
         model: str,
         judge: JudgeConfig,
-        items: Sequence[tuple[str, str]],
+        items: Sequence[Item],
         seeds: Sequence[int],
         reporter: Reporter | None = None,
     ) -> list[Rating | None]:
@@ -108,7 +106,7 @@ class WorkerPool:
         self,
         model: str,
         judge: JudgeConfig,
-        items: Sequence[tuple[str, str, str]],
+        items: Sequence[PairItem],
         seeds: Sequence[int],
         reporter: Reporter | None = None,
     ) -> list[tuple[Rating, Rating] | None]:

@@ -88,7 +88,7 @@ class Rollout:
             whole = [[*prompts[i], {"role": "assistant", "content": texts[i]}] for i in places]
             found = self.pool.reward(self.scorer, whole, self.reporter)
         else:
-            items = [(asked[i][0]["question"], texts[i]) for i in places]
+            items = [(asked[i][0]["question"], texts[i], asked[i][0].get("history")) for i in places]
             rated = self.pool.rate(self.scorer, self.judge, items, [seeds[i] for i in places], self.reporter)
             found = [rating.overall if rating else None for rating in rated]
         for index, score in zip(places, found, strict=True):
