@@ -60,9 +60,10 @@ def plan_epoch(
     order = np.arange(len(sizes), dtype=np.int64)
     if shuffle:
         np.random.default_rng(seed).shuffle(order)
-    for begin, end in _cuts(np.asarray(counts, dtype=np.int64)[order], batch_size):
+    for number, (begin, end) in enumerate(_cuts(np.asarray(counts, dtype=np.int64)[order], batch_size)):
         members = order[begin:end]
-        yield Step(_pack(members.tolist(), sizes[members].tolist(), workers, budget))
+        bins = _pack(members.tolist(), sizes[members].tolist(), workers, budget)
+        yield Step(tuple(_deal(bins, workers, number)))
 
 
 def _cuts(counts: np.ndarray, batch_size: int) -> list[tuple[int, int]]:
@@ -79,14 +80,23 @@ def _cuts(counts: np.ndarray, batch_size: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairwise(bounds) if b > a]
 
 
-def _pack(members: list[int], sizes: list[int], workers: int, budget: int) -> tuple[tuple[int, ...], ...]:
+def _deal(bins: list[tuple[int, ...]], workers: int, step: int) -> Iterator[tuple[int, ...]]:
+    """Each turn's bins to the ranks, every other turn backwards and every step one rank on: no rank has more to do."""
+    for number, first in enumerate(range(0, len(bins), workers)):
+        turn = bins[first : first + workers]
+        turn = turn[::-1] if number % 2 else turn
+        shift = step % workers
+        yield from turn[shift:] + turn[:shift]
+
+
+def _pack(members: list[int], sizes: list[int], workers: int, budget: int) -> list[tuple[int, ...]]:
     order = sorted(range(len(members)), key=sizes.__getitem__, reverse=True)
     turns = max(1, math.ceil(sum(sizes) / (budget * workers)))
     while (bins := _fill(order, sizes, turns * workers, budget)) is None:
         turns += 1
     # The fullest together: what the ranks do at the same time takes equally long.
     bins.sort(key=lambda each: sum(sizes[index] for index in each), reverse=True)
-    return tuple(tuple(members[index] for index in each) for each in bins)
+    return [tuple(members[index] for index in each) for each in bins]
 
 
 def _fill(order: list[int], sizes: list[int], count: int, budget: int) -> list[list[int]] | None:
