@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 VOCABULARY, WIDTH, LAYERS = 4096, 256, 4
-SPEECHES, RESPONSES, BATCH = 12, 4, 16
+SPEECHES, RESPONSES, BATCH = 8, 4, 8
 LENGTHS = {"prompt": (230, 40), "response": (240, 90)}
 DPO = ("ours", "trl", "trl_no_checkpointing", "trl_compact")
 STEPS_OF_OURS = ("own_loop", "response_logits", "packed", "shared_by_pair", "ours")
@@ -334,6 +334,7 @@ def compare(names: tuple[str, ...], folder: Path, turns: int, log: Path, say: Ca
             variant.turn()
     for variant in variants:
         variant.close()
+        say(f"{variant.name}: {variant.pairs_per_s:.2f} pairs/s, grown by {variant.grown_gib:.2f} GiB")
     return variants
 
 
@@ -356,6 +357,7 @@ def efficiency() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two turns, the main figures")
+    parser.add_argument("--turns", type=int, help="of each variant (5; with --quick 2)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -363,7 +365,7 @@ def main() -> None:
         worker(options.worker, options.model)
         return
     console = Console(stderr=True)
-    turns = 2 if options.quick else 5
+    turns = options.turns or (2 if options.quick else 5)
     with tempfile.TemporaryDirectory() as scratch:
         folder, log = model_folder(Path(scratch, "model")), Path(tempfile.gettempdir(), "psycho-benchmark-training.log")
         runs = [
