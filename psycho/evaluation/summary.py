@@ -64,8 +64,14 @@ def stage_manifests(run: Run, known: Mapping[str, dict[str, Any]] | None = None)
 
 
 def write_summary(job: Job, seconds_total: float, peak_rss_gib: float | None) -> Summary:
-    """Write `<run>/summary.json`, whole or not at all, and return what it says."""
+    """Write `<run>/summary.json`, whole or not at all, and return what it says.
+
+    Where nothing was left to do, time and memory stay those of the run that did it.
+    """
     summary = build_summary(job.run, stage_manifests(job.run, job.manifests), seconds_total, peak_rss_gib)
+    before = json.loads(storage.read_text(job.run.path("summary.json")) or "{}")
+    if before and all(stage["status"] == "skipped" for stage in summary["stages"].values()):
+        summary |= {name: before[name] for name in ("seconds_total", "peak_rss_gib") if name in before}
     storage.write_text(job.run.path("summary.json"), json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 

@@ -113,6 +113,19 @@ def test_write_summary_writes_what_it_returns(fake_run: Any) -> None:
     assert (summary["seconds_total"], summary["peak_rss_gib"]) == (612.35, 3.21)
 
 
+def test_a_rerun_with_nothing_to_do_keeps_time_and_memory(fake_run: Any) -> None:
+    run = fake_run.finish()
+    manifests = {name: {**(run.manifest(name) or {}), "status": "done"} for name in run.stages}
+    write_summary(cast(Job, SimpleNamespace(run=run, manifests=manifests)), 600.0, 9.9)
+    skipped = {name: manifest | {"status": "skipped"} for name, manifest in manifests.items()}
+    again = write_summary(cast(Job, SimpleNamespace(run=run, manifests=skipped)), 0.4, 0.2)
+    assert (again["seconds_total"], again["peak_rss_gib"]) == (600.0, 9.9)
+    again = write_summary(
+        cast(Job, SimpleNamespace(run=run, manifests=skipped | {"report": manifests["report"]})), 3, 1
+    )
+    assert (again["seconds_total"], again["peak_rss_gib"]) == (3.0, 1)
+
+
 def test_table_shows_every_policy_and_both_models(fake_run: Any) -> None:
     summary = summary_of(fake_run.finish())
     text = printed(summary)
