@@ -117,7 +117,7 @@ class FakePool:
 
     def rate(self, model: str, judge: Any, items: Any, seeds: Any, reporter: Any) -> list[Rating | None]:
         assert model == "scorer"
-        self.scored = [text for _, text in items]
+        self.scored = [text for _, text, _ in items]
         assert set(seeds) <= set(self.seeds)
         found = [self.scores[self._place(text)] for text in self.scored]
         return [None if s is None else Rating(dict.fromkeys(STEMS, int(s)), dict.fromkeys(STEMS, "")) for s in found]
