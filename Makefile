@@ -72,8 +72,15 @@ $(STAMP):
 	$(pip_install) --constraint $(LOCK) torch setuptools
 	$(pip_install) --no-deps --no-build-isolation --requirement $(LOCK)
 	$(pip_install) --no-deps --no-build-isolation --editable .
+	$(build_operator)
 	@rm -f $(VENV)/.installed-*
 	@touch $@
+
+# DeepSpeed compiles its CPU operator when it is first used, in its own cache; the first run need not wait for that.
+define build_operator
+-$(IN_VENV) DS_ACCELERATOR=cpu python -c \
+	"from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as op; op().load(verbose=False)" >/dev/null
+endef
 
 # Each check ends in one sentence a person can act on.
 fail = { echo "$(1)" >&2; exit 2; }

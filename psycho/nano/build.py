@@ -47,9 +47,9 @@ class Recipe:
     prompt_loss_weight: float
 
 
-BACKBONE = Recipe(steps=1000, batch=32, lr=3e-3, prompt_loss_weight=0.3)
-JUDGE = Recipe(steps=380, batch=48, lr=2e-3, prompt_loss_weight=0.2)
-POLICY = Recipe(steps=60, batch=32, lr=1e-3, prompt_loss_weight=0.0)
+BACKBONE = Recipe(steps=850, batch=32, lr=3e-3, prompt_loss_weight=0.3)
+JUDGE = Recipe(steps=330, batch=48, lr=2e-3, prompt_loss_weight=0.0)
+POLICY = Recipe(steps=48, batch=32, lr=1e-3, prompt_loss_weight=0.0)
 
 
 def nano_key(config: NanoConfig) -> str:

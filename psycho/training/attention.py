@@ -94,32 +94,33 @@ def speech_groups(
     key, value = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (key, value))
     if layout is None:
         return _causal(query, key, value, dropout, scaling, window).transpose(1, 2), None
+    # Cut with `split`: its backward puts the pieces together once, where that of a slice fills a tensor of the whole
+    # bin with zeros for every piece.
+    sizes = [size for prompt, responses in layout.groups for size in _sizes(prompt, responses)]
+    pieces = zip(*(t.split(sizes, dim=2) for t in (query, key, value)), strict=True)
     parts: list[Tensor] = []
     for prompt, responses in layout.groups:
-        parts += _group(query, key, value, prompt, responses, dropout, scaling, window)
+        own = [next(pieces) for _ in responses]
+        parts += _group(own, prompt[1] - prompt[0], dropout, scaling, window)
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+def _sizes(prompt: Span, responses: tuple[Span, ...]) -> list[int]:
+    """Tokens of the prompt with the first response, which lie side by side, and of each other response."""
+    (_, first_ends), *others = responses
+    return [first_ends - prompt[0], *(last - first for first, last in others)]
+
+
 def _group(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt: Span,
-    responses: tuple[Span, ...],
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
+    pieces: list[tuple[Tensor, ...]], prompt: int, dropout: float, scaling: float | None, window: int | None
 ) -> list[Tensor]:
     """Prompt and responses of one group, in order. The prompt's own rows come with the first response."""
-    begin, end = prompt
-    (_, first_ends), *others = responses  # prompt and first response lie side by side
-    query_, key_, value_ = (t[:, :, begin:first_ends] for t in (query, key, value))
-    found = [_causal(query_, key_, value_, dropout, scaling, window)]
-    for first, last in others:
-        query_, key_, value_ = (
-            torch.cat([t[:, :, begin:end], t[:, :, first:last]], dim=2) for t in (query, key, value)
-        )
-        found.append(_causal(query_, key_, value_, dropout, scaling, window)[:, :, end - begin :])
+    first, *others = pieces
+    found = [_causal(*first, dropout, scaling, window)]
+    heads = [t[:, :, :prompt] for t in first] if others else []
+    for piece in others:
+        query, key, value = (torch.cat(parts, dim=2) for parts in zip(heads, piece, strict=True))
+        found.append(_causal(query, key, value, dropout, scaling, window)[:, :, prompt:])
     return found
 
 

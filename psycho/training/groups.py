@@ -62,26 +62,24 @@ def encode_conversation(tokenizer: Any, messages: Messages, other_weight: float 
     Raises:
         ValueError: the chat template rewrites earlier turns, so that turns cannot be told apart.
     """
-    ids: list[int] = []
-    weights: list[float] = []
+    pieces: list[tuple[str, float]] = []
     done = ""
-
-    def take(text: str, weight: float) -> None:
-        nonlocal done
-        if not text.startswith(done):
-            raise ValueError("the chat template rewrites earlier turns; use the last turn alone")
-        new = tokenizer(text[len(done) :], add_special_tokens=False).input_ids
-        ids.extend(new)
-        weights.extend([weight] * len(new))
-        done = text
-
     turns = [len(messages) - 1] if last else [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for turn in turns:
-        take(
-            tokenizer.apply_chat_template(list(messages[:turn]), tokenize=False, add_generation_prompt=True),
-            other_weight,
-        )
-        take(tokenizer.apply_chat_template(list(messages[: turn + 1]), tokenize=False), 1.0)
+        asked = tokenizer.apply_chat_template(list(messages[:turn]), tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template(list(messages[: turn + 1]), tokenize=False)
+        for text, weight in ((asked, other_weight), (answered, 1.0)):
+            if not text.startswith(done):
+                raise ValueError("the chat template rewrites earlier turns; use the last turn alone")
+            pieces.append((text[len(done) :], weight))
+            done = text
+    ids: list[int] = []
+    weights: list[float] = []
+    if pieces:
+        encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False).input_ids
+        for new, (_, weight) in zip(encoded, pieces, strict=True):
+            ids += new
+            weights += [weight] * len(new)
     return Encoded(ids, weights)
 
 

@@ -63,9 +63,24 @@ class Trainer:
         )
 
     def groups(self, rows: Sequence[Row]) -> tuple[list[Group], list[int]]:
-        """Rows as speech groups that fit a bin; the second list holds the positions of rows that are too long."""
-        groups, too_long = self.objective.groups(rows, self.training.max_length)
-        return [part for group in groups for part in split(group, self.training.bin_tokens)], too_long
+        """Rows as speech groups that fit a bin; the second list holds the positions of rows that are too long.
+
+        Every rank must call: each encodes its share of the rows and gets the rest from the others.
+        """
+        members = self.objective.members(rows)
+        mine = [
+            self.objective.encode([rows[index] for index in own], self.training.max_length)
+            for own in members[self.rank :: self.world]
+        ]
+        shares: list[Any] = [None] * self.world
+        dist.all_gather_object(shares, mine)
+        groups: list[Group] = []
+        too_long: list[int] = []
+        for turn, own in enumerate(members):
+            encoded, over = shares[turn % self.world][turn // self.world]
+            groups += [part for group in encoded for part in split(group, self.training.bin_tokens)]
+            too_long += [own[place] for place in over]
+        return groups, sorted(too_long)
 
     def collate(self, groups: Sequence[Group]) -> Batch:
         """One micro-step's groups on this rank's device."""

@@ -26,6 +26,10 @@ Sums = dict[str, Tensor]
 Groups = list[Group]
 
 
+def _prompt(row: Row) -> str:
+    return row.get("messages") or json.dumps([{"role": "user", "content": row["question"]}])
+
+
 class Objective(ABC):
     """One kind of training."""
 
@@ -44,9 +48,23 @@ class Objective(ABC):
         """The module that takes a `Batch`."""
         return PolicyModel(model)
 
-    @abstractmethod
     def groups(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
         """Rows as speech groups, and the positions of rows with a text of more than `max_length` tokens."""
+        found: Groups = []
+        too_long: list[int] = []
+        for members in self.members(rows):
+            groups, over = self.encode([rows[index] for index in members], max_length)
+            found += groups
+            too_long += [members[place] for place in over]
+        return found, sorted(too_long)
+
+    def members(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The positions of the rows that are encoded together; each row alone unless an objective says otherwise."""
+        return [[index] for index in range(len(rows))]
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+        """Rows of one `members` as speech groups, and the places among them of rows that are too long."""
 
     @abstractmethod
     def weight(self, group: Group) -> float:
@@ -62,10 +80,10 @@ class SFT(Objective):
 
     settings: SFTConfig
 
-    def groups(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+    def encode(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
         weight = self.settings.prompt_loss_weight
         whole = [encode_conversation(self.tokenizer, json.loads(row["messages"]), weight) for row in rows]
-        too_long = [index for index, row in enumerate(whole) if len(row) > max_length]
+        too_long = [place for place, row in enumerate(whole) if len(row) > max_length]
         return [Group([], (row,)) for row in whole if len(row) <= max_length], too_long
 
     def weight(self, group: Group) -> float:
@@ -81,23 +99,20 @@ class _Pairs(Objective):
 
     settings: LoopConfig
 
-    def groups(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+    def members(self, rows: Sequence[Row]) -> list[list[int]]:
         speeches: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
-            prompt = row.get("messages") or json.dumps([{"role": "user", "content": row["question"]}])
-            speeches.setdefault(prompt, []).append(index)
-        kept: Groups = []
-        too_long: list[int] = []
-        for prompt, members in speeches.items():
-            group = self._group(json.loads(prompt), [rows[index] for index in members])
-            fits = [
-                all(len(group.prompt) + len(group.responses[side]) <= max_length for side in pair)
-                for pair in group.pairs
-            ]
-            too_long += [index for index, good in zip(members, fits, strict=True) if not good]
-            if any(fits):
-                kept.append(group if all(fits) else only(group, [n for n, good in enumerate(fits) if good]))
-        return kept, sorted(too_long)
+            speeches.setdefault(_prompt(row), []).append(index)
+        return list(speeches.values())
+
+    def encode(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+        group = self._group(json.loads(_prompt(rows[0])), rows)
+        fits = [
+            all(len(group.prompt) + len(group.responses[side]) <= max_length for side in pair) for pair in group.pairs
+        ]
+        kept = [place for place, good in enumerate(fits) if good]
+        too_long = [place for place, good in enumerate(fits) if not good]
+        return ([only(group, kept)] if too_long and kept else [group] if kept else []), too_long
 
     def _group(self, prompt: list[dict[str, str]], rows: Sequence[Row]) -> Group:
         place: dict[str, int] = {}
@@ -156,8 +171,8 @@ class Preference(_Pairs):
         super().__init__(settings, tokenizer)
         self.needs_reference = self.settings.loss not in losses.WITHOUT_REFERENCE
 
-    def groups(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
-        kept, too_long = super().groups(rows, max_length)
+    def encode(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+        kept, too_long = super().encode(rows, max_length)
         if self.settings.ld_alpha < 1:
             kept = [part for group in kept for part in desensitise(group, self.settings.ld_alpha)]
         return kept, too_long
