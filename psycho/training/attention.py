@@ -112,12 +112,12 @@ def _sizes(prompt: Span, responses: tuple[Span, ...]) -> list[int]:
 
 
 def _group(
-    pieces: list[tuple[Tensor, ...]], prompt: int, dropout: float, scaling: float | None, window: int | None
+    pieces: list[tuple[Tensor, Tensor, Tensor]], prompt: int, dropout: float, scaling: float | None, window: int | None
 ) -> list[Tensor]:
     """Prompt and responses of one group, in order. The prompt's own rows come with the first response."""
-    first, *others = pieces
-    found = [_causal(*first, dropout, scaling, window)]
-    heads = [t[:, :, :prompt] for t in first] if others else []
+    (query, key, value), *others = pieces
+    found = [_causal(query, key, value, dropout, scaling, window)]
+    heads = [t[:, :, :prompt] for t in (query, key, value)] if others else []
     for piece in others:
         query, key, value = (torch.cat(parts, dim=2) for parts in zip(heads, piece, strict=True))
         found.append(_causal(query, key, value, dropout, scaling, window)[:, :, prompt:])
