@@ -18,6 +18,7 @@ from psycho.config import ClusterConfig
 from psycho.errors import BadInput
 
 AUTOSCALING = "PSYCHO_AUTOSCALING"  # set while a job runs whose cluster grows
+OWN_RAY = "PSYCHO_OWN_RAY"  # set while a job runs in a Ray of its own, which ends with it
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -51,6 +52,7 @@ def ray_session(config: ClusterConfig, verbose: bool) -> Iterator[None]:
         # Ray Data makes Ray's core warn, on the driver's terminal, at the start of every actor pool.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = config.address or os.environ.get("RAY_ADDRESS")
+    os.environ[OWN_RAY] = "0" if address else "1"
     level = logging.INFO if verbose else logging.ERROR
     if address:
         try:
