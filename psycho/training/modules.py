@@ -43,15 +43,24 @@ class PolicyModel(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A one-label sequence classifier that returns the reward of each response, [R], fp32."""
+    """A one-label sequence classifier that returns the reward of each response, [R], fp32.
 
-    def __init__(self, model: Any) -> None:
+    With `principles` > 0, as many linear heads beside it say the ratings of the principles: [R, 1 + principles].
+    """
+
+    def __init__(self, model: Any, principles: int = 0) -> None:
         super().__init__()
         self.model = model
+        width = model.config.get_text_config().hidden_size
+        self.principles = nn.Linear(width, principles, dtype=model.dtype) if principles else None
 
     def forward(self, batch: Batch) -> Tensor:
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        return base.score(_hidden(base.base_model, batch)[batch.last]).squeeze(-1).float()
+        last = _hidden(base.base_model, batch)[batch.last]
+        rewards: Tensor = base.score(last).float()
+        if self.principles is None:
+            return rewards.squeeze(-1)
+        return torch.cat([rewards, self.principles(last).float()], dim=1)
 
 
 def _hidden(decoder: Any, batch: Batch) -> Tensor:
