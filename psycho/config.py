@@ -317,6 +317,7 @@ class RewardConfig(LoopConfig):
     init: str = Field("policy", description="policy: the base policy; or a model of its own")
     margin_per_gap: float = Field(0.0, ge=0, description="the margin asked for is this times the pair's gap")
     centring: float = Field(0.0, ge=0, description="weight of (r_c + r_r)^2, which keeps rewards around zero")
+    principle_heads: float = Field(0.0, ge=0, description="weight of learning the seven ratings beside; 0: no heads")
 
 
 class PreferenceConfig(LoopConfig):
@@ -364,6 +365,8 @@ class TrainingConfig(Section):
     bin_tokens: int = Field(16384, ge=32, description="tokens a worker handles at once; at least twice max_length")
     checkpoint_every_steps: int | None = Field(100, ge=1, description="an interrupted training goes on from the last")
     max_failures: int = Field(0, ge=0, description="worker failures (a spot node that goes) after which it goes on")
+    keep: Literal["last", "best"] = Field("last", description="best: lowest loss on the dev pairs (pairs.dev_share)")
+    peak_tflops: float | None = Field(None, gt=0, description="of a worker's device, for the statistic mfu")
     packing: bool = Field(True, description="encode a prompt once for all its responses; off: a padded row each")
     lora: LoRAConfig | None = Field(None, description="none: all weights are trained")
     threads_per_worker: int | None = Field(None, ge=1, description="CPU threads of torch")

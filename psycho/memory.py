@@ -26,7 +26,7 @@ from psycho.config import Config, EngineConfig, JudgeConfig, TrainingConfig
 GIB = 2**30
 NANO_PARAMETERS_B = 0.0009
 _DEFAULT_MODEL_LEN = 8192
-_LOGITS = 2**25  # elements of a chunk of logits; in fp32 with gradient and softmax (training/modules.py)
+_LOGITS = 2**25  # elements of a chunk of logits with what is made of it (training/modules.py)
 _CONTEXT_GIB, _ENGINE_GIB = 1.0, 2.0
 
 

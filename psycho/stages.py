@@ -30,6 +30,7 @@ _EXECUTION = {
     "threads_per_worker",
     "checkpoint_every_steps",
     "max_failures",
+    "peak_tflops",
 }
 
 

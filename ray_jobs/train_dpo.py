@@ -10,7 +10,7 @@ from psycho.inference.models import cache_root
 from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.run import StageResult
-from psycho.training.stage import preference_rows, train_stage
+from psycho.training.stage import dev_rows, preference_rows, train_stage
 from ray_jobs.nano import ensure_nano
 
 
@@ -24,7 +24,8 @@ def train_dpo(job: Job) -> None:
         if config.training.dpo.init == "sft":
             start = storage.local_copy(job.run.path("models", "sft"), cache_root() / "models")
         rows = preference_rows(config, storage.read_table(job.run.path("preferences", "train")))
-        return train_stage(job, "dpo", "dpo", start, rows, config.training.dpo, partial)
+        dev = dev_rows(job, preference_rows)
+        return train_stage(job, "dpo", "dpo", start, rows, config.training.dpo, partial, dev=dev)
 
     job.stage("train_dpo", body)
 

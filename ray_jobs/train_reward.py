@@ -9,7 +9,7 @@ from psycho import storage
 from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.run import StageResult
-from psycho.training.stage import preference_rows, train_stage
+from psycho.training.stage import dev_rows, reward_rows, train_stage
 from ray_jobs.nano import ensure_nano
 
 
@@ -21,8 +21,9 @@ def train_reward(job: Job) -> None:
         ensure_nano(job)
         settings = config.training.reward
         start = config.policy if settings.init == "policy" else settings.init
-        rows = preference_rows(config, storage.read_table(job.run.path("preferences", "train")))
-        return train_stage(job, "reward", "reward", resolve(config, start), rows, settings, partial)
+        rows = reward_rows(config, storage.read_table(job.run.path("preferences", "train")))
+        dev = dev_rows(job, reward_rows)
+        return train_stage(job, "reward", "reward", resolve(config, start), rows, settings, partial, dev=dev)
 
     job.stage("train_reward", body)
 

@@ -5,9 +5,9 @@
 
 Needs one CUDA GPU of 80 GiB or more (3B in full and 8B with offload want an H200 or the host's memory: 8B-offload
 takes 130 GiB of it), the `gpu` extra of pyproject.toml, and nothing from the network: weights are random. The lengths
-are those of the domain (`benchmarks/training.py`): prompt 230, four responses of 240 +- 90 tokens, pairs by gap >= 1.
-MFU counts 6 x parameters x tokens that were really read (2 x more under LoRA's frozen weights is not counted) against
-the card's dense bf16 peak. TRL runs the same pairs, precomputed references, gradient checkpointing as ours.
+are those of the domain (`benchmarks/training/data.py`): prompt 230, four responses of 240 +- 90 tokens, pairs by
+gap >= 1. MFU is the loop's own statistic (`psycho/training/flops.py`) against the card's dense bf16 peak. TRL runs the
+same pairs, precomputed references, gradient checkpointing as ours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import training as cpu
+from benchmarks.training import data as cpu
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head: Llama 3.x
 SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
@@ -33,6 +33,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
     "3b": (3072, 8192, 28, 24, 8, 128_256, True),
     "8b": (4096, 14336, 32, 32, 8, 128_256, False),
 }
+SIZE = cpu.SIZES["full"]
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bf16
 
 
@@ -42,7 +43,7 @@ def folder(shape: str, root: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, inner, layers, heads, kv, vocabulary, tied = SHAPES[shape]
-    made = cpu.model_folder(root)
+    made = cpu.model_folder(SIZE, root)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -61,7 +62,7 @@ def folder(shape: str, root: Path) -> Path:
     return made
 
 
-def ours(name: str, model: str, bins: int, steps: int, cuda: bool) -> dict[str, float]:
+def ours(name: str, model: str, bins: int, steps: int, cuda: bool, peak: float | None) -> dict[str, float]:
     """Median over optimizer steps of our loop; the first two warm it up."""
     import torch
 
@@ -79,11 +80,11 @@ def ours(name: str, model: str, bins: int, steps: int, cuda: bool) -> dict[str, 
         max_length=1024,
         bin_tokens=bins,
         lora=LoRAConfig() if name.endswith("lora") else None,
+        peak_tflops=peak,
     )
     loop.setup_worker(training)
     trainer = loop.Trainer("dpo", model, DPOConfig(lr=1e-6, batch_size=cpu.BATCH, epochs=steps), training, seed=0)
-    parameters = sum(p.numel() for p in trainer.engine.module.parameters())
-    groups = [part for group in cpu.groups() for part in loop.split(group, bins)]
+    groups = [part for group in cpu.groups(SIZE) for part in loop.split(group, bins)]
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     history = trainer.fit(groups, seed=0)[2:]
@@ -94,8 +95,8 @@ def ours(name: str, model: str, bins: int, steps: int, cuda: bool) -> dict[str, 
     return {
         "tokens_per_s": speed,
         "pairs_per_s": speed * pairs / tokens,
-        "tflops": 6 * parameters * speed / 1e12,
-        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        **({"mfu": statistics.median(row["mfu"] for row in history)} if peak else {}),
+        "memory_gib": history[-1]["memory_gib"],
     }
 
 
@@ -106,7 +107,7 @@ def trl(model: str, cuda: bool) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    rows = cpu.text_rows()
+    rows = cpu.text_rows(SIZE)
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -169,8 +170,8 @@ def main() -> None:
             model = str(folder(name.partition("-")[0], Path(scratch, "model")))
             theirs = trl(model, cuda) if "-" not in name else {}
             for bins in map(int, options.bins.split(",")):
-                mine = ours(name, model, bins, options.steps, cuda)
-                mfu = mine["tflops"] / peak if peak else None
+                mine = ours(name, model, bins, options.steps, cuda, peak)
+                mfu = mine.get("mfu")
                 table.add_row(
                     name,
                     f"{bins:,}",

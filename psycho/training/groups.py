@@ -31,7 +31,8 @@ class Encoded:
 class Group:
     """One prompt, its responses, and (chosen, rejected) positions among them; no pair: supervised text.
 
-    `references` are the reference policy's summed log-probabilities, one a response, once they are known.
+    `references` are the reference policy's summed log-probabilities, one a response, once they are known. `ratings` are
+    the seven principles' ratings of each response, NaN where unknown, or empty.
     """
 
     prompt: list[int]
@@ -39,6 +40,7 @@ class Group:
     pairs: tuple[tuple[int, int], ...] = ()
     gaps: tuple[float, ...] = ()
     references: tuple[float, ...] | None = None
+    ratings: tuple[tuple[float, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -112,6 +114,7 @@ def only(group: Group, pairs: Sequence[int]) -> Group:
         pairs=tuple((place[group.pairs[pair][0]], place[group.pairs[pair][1]]) for pair in pairs),
         gaps=tuple(group.gaps[pair] for pair in pairs) if group.gaps else (),
         references=tuple(group.references[response] for response in kept) if group.references else None,
+        ratings=tuple(group.ratings[response] for response in kept) if group.ratings else (),
     )
 
 

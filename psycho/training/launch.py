@@ -41,6 +41,7 @@ class TrainJob:
     overrides: dict[str, Any] = field(default_factory=dict)  # of the training section
     name: str = ""
     references: str | None = None  # folder of stored reference log-probabilities
+    dev: str | None = None  # rows as `data`, to keep the best weights by
 
 
 def train(jobs: Sequence[TrainJob], training: TrainingConfig, reporter: Reporter | None, storage_path: str) -> None:
@@ -132,6 +133,7 @@ def read_rows(folder: str) -> list[dict[str, Any]]:
 def _train_worker(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
+    from psycho.training.checkpoint import best_folder
     from psycho.training.loop import Trainer, setup_worker, write_history
 
     training: TrainingConfig = config["training"]
@@ -146,15 +148,25 @@ def _train_worker(config: dict[str, Any]) -> None:
             if reporter and trainer.rank == 0:  # noqa: B023 - used only while this job runs
                 reporter.add(rows, tokens, f"{name} loss {statistics['loss']:.3f}".strip())
 
+        if reporter and trainer.rank == 0 and trainer.notes:
+            reporter.add(0, 0, "; ".join(trainer.notes))
         history = []
+        checkpoints = f"{job.output}.checkpoints"
         if groups:
-            checkpoints = f"{job.output}.checkpoints"
-            history = trainer.fit(groups, job.seed, on_step, job.shuffle, job.references, checkpoints)
+            dev = trainer.groups(read_rows(job.dev))[0] if job.dev else []
+            history = trainer.fit(groups, job.seed, on_step, job.shuffle, job.references, checkpoints, dev)
         aside = f"{job.output}.unfinished"
-        trainer.save(aside)
+        best = best_folder(checkpoints) if job.dev else None
+        if best is None:
+            trainer.save(aside)
+        elif trainer.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(best, aside)
         if trainer.rank == 0:
             write_history(aside, history)
             Path(aside, "too_long.json").write_text(json.dumps(too_long), encoding="utf-8")
+            if trainer.notes:
+                Path(aside, "notes.json").write_text(json.dumps(trainer.notes), encoding="utf-8")
             os.replace(aside, job.output)  # a folder of that name is a finished model
             shutil.rmtree(f"{job.output}.checkpoints", ignore_errors=True)
         dist.barrier()  # the next training may start from it

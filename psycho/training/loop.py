@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from psycho.config import LoopConfig, TrainingConfig
+from psycho.principles import STEMS
 from psycho.run import content_key
-from psycho.training.checkpoint import Checkpoints
+from psycho.training.checkpoint import NOT_IN_KEY, Best, Checkpoints
+from psycho.training.engine import deepspeed_config
+from psycho.training.flops import count_flops
 from psycho.training.groups import Group, response_key, split
 from psycho.training.lora import add_lora, merged
 from psycho.training.modules import use_packing
@@ -31,7 +36,9 @@ from psycho.training.objectives import OBJECTIVES, Preference, Row
 from psycho.training.packing import Batch, packed, padded
 from psycho.training.plan import Step, learning_rate, plan_epoch
 from psycho.training.references import with_references
+from psycho.training.states import portable
 
+HEADS = "principle_heads"  # folder of a reward model's extra heads
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -49,6 +56,7 @@ class Trainer:
         self.objective = OBJECTIVES[kind](settings, self.tokenizer)
         loaded = self.objective.load(model, torch.bfloat16 if training.precision == "bf16" else torch.float32)
         self.unpacked = use_packing(loaded) if training.packing else "training.packing is off"
+        self._flops = count_flops(loaded, words=kind != "reward", frozen=training.lora is not None)
         if training.gradient_checkpointing:
             loaded.gradient_checkpointing_enable()
         self._config = loaded.config
@@ -82,6 +90,16 @@ class Trainer:
             too_long += [own[place] for place in over]
         return groups, sorted(too_long)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should hear: that the model runs padded though packing was asked for, and why, and the like."""
+        found = []
+        if self.unpacked is not None and self.training.packing:
+            found.append(f"not packed, a padded row for each response, which is slower: {self.unpacked}")
+        if self.training.checkpoint_every_steps and not portable(self.engine):
+            found.append("no checkpoints are written at zero_stage 0 in bf16; set training.zero_stage=1 for them")
+        return found
+
     def collate(self, groups: Sequence[Group]) -> Batch:
         """One micro-step's groups on this rank's device."""
         batch = padded(groups, self.tokenizer.pad_token_id) if self.unpacked else packed(groups)
@@ -95,15 +113,18 @@ class Trainer:
         shuffle: bool = True,
         references: str | None = None,
         checkpoints: str | None = None,
+        dev: Sequence[Group] = (),
     ) -> list[dict[str, float]]:
         """Train for the configured epochs; returns the statistics of each optimizer step.
 
         Args:
             references: folder of the stored reference log-probabilities, where the objective needs them.
             checkpoints: folder of checkpoints that an interrupted training goes on from; none: it starts anew.
+            dev: groups to choose the best weights by, whenever a checkpoint is due and at the end; needs `checkpoints`.
         """
         if self.objective.needs_reference:
             groups = self._with_references(groups, references)
+            dev = self._with_references(dev, references) if dev else dev
         settings = self.settings
         sizes, counts = [group.tokens for group in groups], [group.count for group in groups]
         steps = [
@@ -114,32 +135,47 @@ class Trainer:
             )
         ]
         saved = self._checkpoints(checkpoints, groups, seed)
-        done, history = saved.resume(self.engine) if saved else (0, [])
+        best = Best(checkpoints, self.training.checkpoint_every_steps) if checkpoints and dev else None
+        done, history = saved.resume(self.engine, lambda: self._prime(groups)) if saved else (0, [])
         self.engine.train()
-        for number, step in enumerate(steps[done:], start=done):
-            rate = learning_rate(number, len(steps), settings.lr, settings.warmup_share, settings.schedule)
-            for parameters in self.engine.optimizer.param_groups:
-                parameters["lr"] = rate
-            started = time.perf_counter()
-            statistics = self._step(step, groups)
-            read = sum(sizes[index] for index in step.groups)
-            statistics |= {"step": number, "lr": rate, "tokens": read}
-            statistics["tokens_per_s"] = read / (time.perf_counter() - started)
-            history.append(statistics)
-            if on_step:
-                on_step(sum(counts[index] for index in step.groups), read, statistics)
-            if saved:
-                saved.save(self.engine, number + 1, len(steps), history)
+        with closing(saved) if saved else nullcontext():
+            for number, step in enumerate(steps[done:], start=done):
+                rate = learning_rate(number, len(steps), settings.lr, settings.warmup_share, settings.schedule)
+                for parameters in self.engine.optimizer.param_groups:
+                    parameters["lr"] = rate
+                started = time.perf_counter()
+                statistics = self._step(step, groups)
+                read = sum(sizes[index] for index in step.groups)
+                statistics |= {"step": number, "lr": rate, "tokens": read}
+                statistics |= self._speed(step, groups, read, time.perf_counter() - started)
+                if best and best.due(number + 1, len(steps)):
+                    statistics["dev_loss"] = self._mean_loss(dev)
+                    best.offer(statistics["dev_loss"], number + 1, self.save)
+                history.append(statistics)
+                if on_step:
+                    on_step(sum(counts[index] for index in step.groups), read, statistics)
+                if saved:
+                    saved.save(self.engine, number + 1, len(steps), history)
         return history
 
     def _checkpoints(self, folder: str | None, groups: Sequence[Group], seed: int) -> Checkpoints | None:
         every = self.training.checkpoint_every_steps
-        if folder is None or every is None:
+        if folder is None or every is None or not portable(self.engine):
             return None
         data = [response_key(group, index) for group in groups for index in range(len(group.responses))]
-        training = self.training.model_dump(exclude={"env", "checkpoint_every_steps"})
-        key = content_key(self.settings.model_dump(), training, self.world, seed, data)
-        return Checkpoints(folder, key, every)
+        training = self.training.model_dump(exclude=NOT_IN_KEY)
+        key = content_key(self.settings.model_dump(), training, seed, data)
+        return Checkpoints(folder, key, every, self.training.collective_timeout_s)
+
+    def _prime(self, groups: Sequence[Group]) -> None:
+        """A step that changes nothing: without it the optimizer has no state to restore."""
+        for parameters in self.engine.optimizer.param_groups:
+            parameters["lr"] = 0.0
+        batch = self.collate([min(groups, key=lambda group: group.tokens)])
+        loss, _ = self.objective.sums(self.engine(batch), batch)
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(loss.float() * 0.0, scale_wrt_gas=False)
+        self.engine.step()
 
     def _step(self, step: Step, groups: Sequence[Group]) -> dict[str, float]:
         """One optimizer step. Nothing waits for the device before the sums are read at its end."""
@@ -166,6 +202,30 @@ class Trainer:
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         return {"loss": loss_value, "grad_norm": norm} | {name: value / count for name, value in merged.items()}
 
+    def _speed(self, step: Step, groups: Sequence[Group], tokens: int, seconds: float) -> dict[str, float]:
+        """Tokens/s, the share of the devices' peak that the model's own operations took (MFU, where the peak is
+        configured), and the most memory that this rank has held so far."""
+        found = {"tokens_per_s": tokens / seconds, "memory_gib": peak_memory_gib(self.device)}
+        if self.training.peak_tflops:
+            needed = sum(self._flops.of(groups[index]) for index in step.groups)
+            found["mfu"] = needed / (seconds * self.world * self.training.peak_tflops * 1e12)
+        return found
+
+    def _mean_loss(self, groups: Sequence[Group]) -> float:
+        """The objective's mean loss over groups, without training; every rank must call."""
+        sizes, counts = [group.tokens for group in groups], [group.count for group in groups]
+        (step,) = plan_epoch(sizes, counts, sum(counts), self.world, self.training.bin_tokens, 0, shuffle=False)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.engine.eval()
+        with torch.no_grad():
+            for members in step.of(self.rank, self.world):
+                batch = self.collate([groups[index] for index in members or step.groups[-1:]])
+                loss, _ = self.objective.sums(self.engine(batch), batch)
+                total += loss.double() * bool(members)
+        self.engine.train()
+        dist.all_reduce(total)
+        return total.item() / max(sum(self.objective.weight(group) for group in groups), 1e-9)
+
     def _with_references(self, groups: Sequence[Group], folder: str | None) -> list[Group]:
         assert isinstance(self.objective, Preference)
         objective = self.objective
@@ -185,13 +245,16 @@ class Trainer:
         else:
             state = {name: value.detach().cpu() for name, value in self.engine.module.state_dict().items()}
         if self.rank == 0:
-            state = {name.removeprefix("model."): value for name, value in state.items()}
+            heads = {name: value.contiguous() for name, value in state.items() if name.startswith("principles.")}
+            state = {name.removeprefix("model."): value for name, value in state.items() if name not in heads}
             if self.training.lora:
                 state = merged(state, self.training.lora.alpha / self.training.lora.r)
             if getattr(self._config, "tie_word_embeddings", False):
                 state.pop("lm_head.weight", None)
             self._save_pretrained(folder, state_dict=state, safe_serialization=True)
             self.tokenizer.save_pretrained(folder)
+            if heads:
+                save_heads(folder, heads)
         dist.barrier()
 
     def close(self) -> None:
@@ -199,38 +262,29 @@ class Trainer:
         self.engine.destroy()
 
 
-def deepspeed_config(settings: LoopConfig, training: TrainingConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration for one loop."""
-    zero: dict[str, Any] = {"stage": training.zero_stage}
-    if training.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.device == "cuda"}
-    if training.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": training.device == "cuda"}
-    if training.zero_stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    # DeepSpeed's own fused Adam is for GPUs; on a CPU torch's is as fast and needs no compiled op.
-    adam = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": [0.9, 0.95]}
-    if training.device == "cpu":
-        adam["torch_adam"] = True
-    return {
-        # The loop itself says where a step ends and by what the loss is divided (`Trainer._step`). Two, because with
-        # one DeepSpeed overwrites gradients where it should add them.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": zero,
-        "bf16": {"enabled": training.precision == "bf16"},
-        "optimizer": {"type": "AdamW", "params": adam},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-
-
 def write_history(folder: str, history: list[dict[str, float]]) -> None:
     """The statistics of each step beside the model, one JSON line each."""
     lines = "".join(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n" for row in history)
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "training.jsonl").write_text(lines, encoding="utf-8")
+
+
+def save_heads(folder: str, heads: dict[str, torch.Tensor]) -> None:
+    """The heads of the principles in a folder below the model's: what reads all weights of a folder must not meet
+    them, for to everyone else the model is a plain one-label classifier."""
+    from safetensors.torch import save_file
+
+    below = Path(folder, HEADS)
+    below.mkdir(exist_ok=True)
+    order = {"principles": ",".join(STEMS), "scale": "rating = output + 3"}
+    save_file({name: value.cpu() for name, value in heads.items()}, below / "heads.safetensors", metadata=order)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that this process has held: on the GPU, or of the host's memory where it trains on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _seed(seed: int) -> None:

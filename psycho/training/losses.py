@@ -54,6 +54,13 @@ def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen + rejected) ** 2
 
 
+def rating_error(found: Tensor, ratings: Tensor) -> Tensor:
+    """Mean squared error of the seven heads, [R], on ratings (1 to 5) less 3; what is unknown (NaN) counts nothing."""
+    known = ~torch.isnan(ratings)
+    errors = torch.where(known, found - (torch.nan_to_num(ratings) - 3), 0.0) ** 2
+    return errors.sum(1) / known.sum(1).clamp(min=1)
+
+
 def _scores(pairs: PairLogprobs, settings: PreferenceConfig) -> tuple[Tensor, Tensor]:
     """f'(ratio) of each side under the chosen f-divergence (Wang et al. 2023, table 1)."""
     ratios = pairs.ratios()

@@ -7,24 +7,25 @@ not grow with tokens x vocabulary. The head is called as a module, because under
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from psycho.training import attention
 from psycho.training.packing import Batch
 
-LOGITS = 2**25  # elements of a chunk: 128 MiB in fp32
+LOGITS = {"cpu": 2**24, "cuda": 2**27}  # elements of a chunk: 64 MiB in fp32, 256 MiB in bf16; smaller starves a GPU
+_PIECE = {"cpu": 2**18, "cuda": 2**24}  # elements that are worked on at a time: what a core's cache holds; 64 MiB
 _UNSUPPORTED = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 class PolicyModel(nn.Module):
     """A causal language model that returns log-probabilities, [N] of a batch's trained tokens, fp32."""
 
-    def __init__(self, model: Any, logits: int = LOGITS) -> None:
+    def __init__(self, model: Any, logits: int | None = None) -> None:
         super().__init__()
         self.model = model
         self._logits = logits
@@ -34,7 +35,7 @@ class PolicyModel(nn.Module):
         hidden = _hidden(base.base_model, batch)[batch.source]
         head = base.get_output_embeddings()
         cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-        size = max(128, self._logits // base.config.get_text_config().vocab_size)
+        size = max(128, (self._logits or LOGITS[hidden.device.type]) // base.config.get_text_config().vocab_size)
         if hidden.shape[0] <= size:
             return _logprobs(head, hidden, batch.targets, cap)
         rows = zip(hidden.split(size), batch.targets.split(size), strict=True)
@@ -42,15 +43,24 @@ class PolicyModel(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A one-label sequence classifier that returns the reward of each response, [R], fp32."""
+    """A one-label sequence classifier that returns the reward of each response, [R], fp32.
 
-    def __init__(self, model: Any) -> None:
+    With `principles` > 0, as many linear heads beside it say the ratings of the principles: [R, 1 + principles].
+    """
+
+    def __init__(self, model: Any, principles: int = 0) -> None:
         super().__init__()
         self.model = model
+        width = model.config.get_text_config().hidden_size
+        self.principles = nn.Linear(width, principles, dtype=model.dtype) if principles else None
 
     def forward(self, batch: Batch) -> Tensor:
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        return base.score(_hidden(base.base_model, batch)[batch.last]).squeeze(-1).float()
+        last = _hidden(base.base_model, batch)[batch.last]
+        rewards: Tensor = base.score(last).float()
+        if self.principles is None:
+            return rewards.squeeze(-1)
+        return torch.cat([rewards, self.principles(last).float()], dim=1)
 
 
 def _hidden(decoder: Any, batch: Batch) -> Tensor:
@@ -64,7 +74,38 @@ def _logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, cap: float | Non
     logits = head(hidden)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    found: Tensor = _TokenLogprobs.apply(logits, targets)
+    return found
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits)[target], [N] fp32, of logits [N, V] that nobody else reads.
+
+    The backward pass turns the logits into their own gradient where they lie: one tensor of tokens x vocabulary at the
+    peak, where `cross_entropy` holds three (log-softmax, its gradient, that of the logits), in fp32 whatever the model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        highest = logits.amax(-1).float()
+        sums = torch.cat([(part.float() - top[:, None]).exp_().sum(-1) for part, top in _pieces(logits, highest)])
+        logs = sums.log_()
+        ctx.save_for_backward(logits, targets, highest + logs)
+        return logits.gather(1, targets[:, None])[:, 0].float() - highest - logs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets, norms = ctx.saved_tensors
+        for part, norm, target, each in _pieces(logits, norms, targets, gradient):
+            soft = (part.float() - norm[:, None]).exp_().mul_(-each[:, None])
+            part.copy_(soft.scatter_add_(1, target[:, None], each[:, None]))
+        return logits, None
+
+
+def _pieces(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, few at a time."""
+    rows = max(1, _PIECE[logits.device.type] // logits.shape[1])
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
 def use_packing(model: Any) -> str | None:

@@ -7,8 +7,10 @@ statistics to report. The loop (`loop.py`) knows nothing else of it.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from psycho.config import LoopConfig, PreferenceConfig, RewardConfig, SFTConfig
+from psycho.principles import STEMS
 from psycho.training import losses
 from psycho.training.groups import Group, desensitise, encode, encode_conversation, encode_group, only
 from psycho.training.modules import PolicyModel, RewardModel, check_head
@@ -137,7 +140,15 @@ class Reward(_Pairs):
         return model
 
     def wrap(self, model: Any) -> nn.Module:
-        return RewardModel(model)
+        return RewardModel(model, len(STEMS) if self.settings.principle_heads else 0)
+
+    def _group(self, prompt: list[dict[str, str]], rows: Sequence[Row]) -> Group:
+        group = super()._group(prompt, rows)
+        if not self.settings.principle_heads:
+            return group
+        rated = {row[side]: row.get(f"{side}_ratings") for row in rows for side in ("chosen", "rejected")}
+        unknown = (math.nan,) * len(STEMS)
+        return replace(group, ratings=tuple(tuple(own) if own else unknown for own in rated.values()))
 
     def _padding(self) -> int:
         """A pad token that no conversation ends with: others read the logit at the last token that is not padding,
@@ -150,12 +161,18 @@ class Reward(_Pairs):
         return self.tokenizer.pad_token_id
 
     def sums(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Sums]:
-        chosen, rejected = outputs[batch.pairs[:, 0]], outputs[batch.pairs[:, 1]]
+        rewards = outputs[:, 0] if outputs.dim() == 2 else outputs
+        chosen, rejected = rewards[batch.pairs[:, 0]], rewards[batch.pairs[:, 1]]
         loss = losses.bradley_terry(chosen, rejected, self.settings.margin_per_gap * batch.gaps)
         if self.settings.centring:
             loss = loss + self.settings.centring * losses.centring(chosen, rejected)
+        found: Sums = {}
+        if batch.ratings is not None:
+            error = losses.rating_error(outputs[:, 1:], batch.ratings)[batch.pairs].mean(1)  # [P], of both sides
+            loss = loss + self.settings.principle_heads * error
+            found["rating_error"] = error.sum().detach()
         correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-        return loss.sum(), {
+        return loss.sum(), found | {
             "loss": loss.sum().detach(),
             "accuracy": correct.sum().detach(),
             "margin": (chosen - rejected).sum().detach(),

@@ -25,6 +25,7 @@ class Batch:
     `source`, `targets`, `weights`, `response`: [N], a trained token each; `source` counts in the flattened [B * T].
     `last`: [R], where each response ends, flattened. `lengths`: [R] trained tokens.
     `pairs`: [P, 2] chosen and rejected response. `references`: [R] or None. `gaps`: [P], 0 where unknown.
+    `ratings`: [R, 7], NaN where unknown, or None.
     """
 
     input_ids: Tensor
@@ -39,6 +40,7 @@ class Batch:
     pairs: Tensor
     gaps: Tensor
     references: Tensor | None
+    ratings: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device, copied without waiting."""
@@ -79,10 +81,12 @@ class _Builder:
         pairs: list[tuple[int, int]] = []
         gaps: list[float] = []
         references: list[float] = []
+        ratings: list[tuple[float, ...]] = []
         for group in groups:
             pairs += [(first + chosen, first + rejected) for chosen, rejected in group.pairs]
             gaps += group.gaps or (0.0,) * len(group.pairs)
             references += group.references or ()
+            ratings += group.ratings
             first += len(group.responses)
         return Batch(
             ids,
@@ -97,6 +101,7 @@ class _Builder:
             torch.tensor(pairs, dtype=torch.long).view(-1, 2),
             torch.tensor(gaps, dtype=torch.float32),
             torch.tensor(references, dtype=torch.float64) if len(references) == first else None,
+            torch.tensor(ratings, dtype=torch.float32) if len(ratings) == first else None,
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,23 @@ from psycho.errors import BadInput
 from psycho.inference.models import fingerprint
 from psycho.inference.requests import prompt
 from psycho.job import Job
+from psycho.principles import STEMS
 from psycho.run import StageResult, content_key
 from psycho.training.launch import TrainJob, read_history, train
 
 Row = Mapping[str, Any]
+
+
+def reward_rows(config: Config, pairs: pa.Table) -> list[dict[str, Any]]:
+    """Rows of the reward model: as `preference_rows`, with the principles' ratings where it has heads for them."""
+    rows = preference_rows(config, pairs)
+    if not config.training.reward.principle_heads:
+        return rows
+    for row, own in zip(rows, pairs.to_pylist(), strict=True):
+        for side in ("chosen", "rejected"):
+            ratings = [own.get(f"{side}_{stem}_rating") for stem in STEMS]
+            row[f"{side}_ratings"] = [math.nan if value is None else float(value) for value in ratings]
+    return rows
 
 
 def preference_rows(config: Config, pairs: pa.Table) -> list[dict[str, Any]]:
@@ -44,8 +58,9 @@ def train_stage(
     settings: LoopConfig,
     partial: str,
     if_empty: str = "no pair to train on; lower pairs.min_gap",
+    dev: Sequence[Row] = (),
 ) -> StageResult:
-    """Train `models/<name>` below `partial` and count what went in."""
+    """Train `models/<name>` below `partial` and count what went in; `dev` rows choose the weights that are kept."""
     if not rows:
         raise BadInput(if_empty)
     job.need_ray()
@@ -53,22 +68,47 @@ def train_stage(
     storage.remove(output)
     storage.write_table(pa.Table.from_pylist(list(rows)), data)
     references = job.run.path("references", content_key(fingerprint(start), job.config.training.precision))
-    work = TrainJob(kind, start, data, output, settings, job.config.seed, references=references)
+    dev_data = storage.join(partial, "data", f"{name}-dev") if dev else None
+    if dev_data:
+        storage.write_table(pa.Table.from_pylist(list(dev)), dev_data)
+    work = TrainJob(kind, start, data, output, settings, job.config.seed, references=references, dev=dev_data)
     with job.progress.stage(f"train_{name}", len(rows) * settings.epochs, "examples") as reporter:
         train([work], job.config.training, reporter, storage.join(partial, "ray"))
     storage.remove(data)
+    if dev_data:
+        storage.remove(dev_data)
     write_card(output, job.config, name, start)
+    for note in json.loads(storage.read_text(storage.join(output, "notes.json")) or "[]"):
+        job.progress.say(f"  train_{name}: {note}")
     return finish(output, rows)
+
+
+def dev_rows(job: Job, rows_of: Callable[[Config, pa.Table], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The dev pairs to choose the best weights by; none where the last are kept.
+
+    Raises:
+        BadInput: `training.keep` is best and the run keeps no dev pairs.
+    """
+    if job.config.training.keep == "last":
+        return []
+    folder = job.run.path("preferences", "dev")
+    found = rows_of(job.config, storage.read_table(folder)) if any(storage.parquet_files(folder)) else []
+    if not found:
+        raise BadInput("training.keep is best and there is no dev pair to choose by; set pairs.dev_share or keep=last")
+    return found
 
 
 def finish(output: str, rows: Sequence[Row]) -> StageResult:
     """Counts of a finished training: what was too long is quarantined by id."""
     too_long = json.loads(storage.read_text(storage.join(output, "too_long.json")) or "[]")
-    storage.remove(storage.join(output, "too_long.json"))
+    notes = json.loads(storage.read_text(storage.join(output, "notes.json")) or "[]")
+    for file in ("too_long.json", "notes.json"):
+        storage.remove(storage.join(output, file))
     quarantine = [{"id": rows[index]["id"], "reason": "over training.max_length"} for index in too_long]
     history = read_history(output)
     last = history[-max(1, len(history) // 10) :]
-    means = {key: sum(row[key] for row in last) / len(last) for key in last[0]} if last else {}
+    common = [key for key in (last[0] if last else {}) if all(key in row for row in last)]
+    means = {key: sum(row[key] for row in last) / len(last) for key in common}
     return StageResult(
         rows_in=len(rows),
         rows_out=len(rows) - len(quarantine),
@@ -77,6 +117,7 @@ def finish(output: str, rows: Sequence[Row]) -> StageResult:
         extra={
             "steps": len(history),
             "final": {k: round(v, 5) for k, v in means.items() if k not in ("step", "lr")},
+            **({"notes": notes} if notes else {}),
         },
     )
 

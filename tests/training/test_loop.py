@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from psycho import storage
 from psycho.config import DPOConfig, LoopConfig, LoRAConfig, RewardConfig, SFTConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
+from psycho.training.checkpoint import Checkpoints
 from psycho.training.launch import TrainJob, read_history, read_rows, train
-from psycho.training.loop import Trainer, setup_worker, write_history
+from psycho.training.loop import Trainer, write_history
 from psycho.training.packing import padded
 
 SPEECHES = (
@@ -60,20 +60,6 @@ def _rows(kind: str, count: int = ROWS) -> list[dict[str, Any]]:
     return [{"id": str(i), "question": s, "chosen": g, "rejected": b} for i, (s, g, b) in enumerate(turns)]
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "store"
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LOCAL_RANK", "0")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    threads = torch.get_num_threads()
-    setup_worker(BASE)
-    yield
-    dist.destroy_process_group()
-    torch.set_num_threads(threads)
-    patch.undo()
-
-
 def _fit(
     kind: str, model: str, folder: Path, training: TrainingConfig = BASE, **changes: Any
 ) -> list[dict[str, float]]:
@@ -88,8 +74,8 @@ def _fit(
 
 
 def _steady(row: dict[str, float]) -> dict[str, float]:
-    """Without speed, and without the norm, which DeepSpeed does not keep at every stage."""
-    return {name: value for name, value in row.items() if name not in ("tokens_per_s", "grad_norm")}
+    """Without speed and memory, and without the norm, which DeepSpeed does not keep at every stage."""
+    return {name: value for name, value in row.items() if name not in ("tokens_per_s", "memory_gib", "grad_norm")}
 
 
 def _weights(folder: Path | str) -> Weights:
@@ -167,7 +153,7 @@ def test_tokens_of_an_epoch_are_those_of_its_examples(whole: dict[str, Any], nan
     assert sum(row["tokens"] for row in whole["sft"][1]) == 2 * count
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_zero_stages_agree(
     stage: int, kind: str, whole: dict[str, Any], tiny_llama: Callable[..., str], tmp_path: Path
@@ -294,6 +280,33 @@ def test_resumed_is_uninterrupted(stage: int, one_rank: None, tiny_llama: Callab
     for one, other in zip(kept["through"], kept["resumed"], strict=True):
         assert one == pytest.approx(other, abs=1e-6)
     _assert_same(_weights(tmp_path / "through"), _weights(tmp_path / "resumed"), 1e-6)
+
+
+def test_a_shard_cut_short_is_not_gone_on_from(one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """Of two checkpoints the newer one lacks a rank's shard: the older one counts."""
+    checkpoints = Checkpoints(str(tmp_path), "key", 1, 60.0)
+    checkpoints._last()
+    for name in ("step-2/shard-0-of-1.pt", "step-4/shard-1-of-2.pt", "step-4/shard-0-of-2.unfinished"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert checkpoints._last() == tmp_path / "step-2"
+    assert not (tmp_path / "step-4").exists()
+    assert Checkpoints(str(tmp_path), "another key", 1, 60.0)._last() is None
+    assert not (tmp_path / "step-2").exists()
+
+
+def test_an_error_of_the_writing_thread_is_raised(
+    one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(shard: Any, file: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("psycho.training.checkpoint._write", full)
+    training = BASE.model_copy(update={"checkpoint_every_steps": 2})
+    trainer = Trainer("sft", tiny_llama(0), SETTINGS["sft"], training, seed=0)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(trainer.groups(_rows("sft"))[0], 0, checkpoints=str(tmp_path / "checkpoints"))
+    trainer.close()
 
 
 def test_a_checkpoint_of_other_data_is_not_gone_on_from(

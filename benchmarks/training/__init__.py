@@ -1,0 +1,1 @@
+"""How fast the training engine is, beside TRL's trainers: see `__main__.py`."""

@@ -1,0 +1,97 @@
+"""What both sides train on: pairs of the domain's lengths as ids and as text, and a random Llama with a tokenizer of
+one token a word."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BATCH = 8
+Speech = tuple[list[int], list[list[int]], list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model, and of the data: mean and deviation of the lengths in tokens."""
+
+    vocabulary: int = 4096
+    width: int = 256
+    layers: int = 4
+    speeches: int = 8
+    responses: int = 4
+    prompt: tuple[int, int] = (230, 40)
+    response: tuple[int, int] = (240, 90)
+
+
+SIZES = {
+    "full": Size(),
+    "tiny": Size(vocabulary=512, width=64, layers=2, speeches=4, prompt=(60, 10), response=(40, 9)),
+}
+
+
+def speeches(size: Size, seed: int = 0) -> list[Speech]:
+    """Prompt, responses and pairs of gap >= 1 as token ids."""
+    rng = random.Random(seed)
+
+    def text(length: tuple[int, int]) -> list[int]:
+        return [rng.randrange(8, size.vocabulary) for _ in range(max(20, round(rng.gauss(*length))))]
+
+    found = []
+    for _ in range(size.speeches):
+        ratings = [sum(rng.randint(1, 5) for _ in range(3)) / 3 for _ in range(size.responses)]
+        pairs = [(i, j) for i, a in enumerate(ratings) for j, b in enumerate(ratings) if a - b >= 1]
+        found.append((text(size.prompt), [[*text(size.response), 2] for _ in ratings], pairs or [(0, 1)]))
+    return found
+
+
+def groups(size: Size, single: bool = False) -> list[Any]:
+    """As speech groups; `single`: one pair a speech."""
+    from psycho.training.groups import Encoded, Group, only
+
+    found = [
+        Group(prompt, tuple(Encoded(row, [1.0] * len(row)) for row in rows), tuple(pairs))
+        for prompt, rows, pairs in speeches(size)
+    ]
+    return [only(group, [0]) for group in found] if single else found
+
+
+def text_rows(size: Size, single: bool = False) -> list[dict[str, str]]:
+    """The same pairs as text, a word a token; TRL adds the end token itself."""
+    rows = []
+    for prompt, responses, pairs in speeches(size):
+        for chosen, rejected in pairs[:1] if single else pairs:
+            sides = (prompt, responses[chosen][:-1], responses[rejected][:-1])
+            words = [" ".join(f"w{i}" for i in ids) for ids in sides]
+            rows.append({"prompt": words[0], "chosen": f" {words[1]}", "rejected": f" {words[2]}"})
+    return rows
+
+
+def model_folder(size: Size, root: Path) -> Path:
+    """The random Llama with its tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size.vocabulary,
+            hidden_size=size.width,
+            intermediate_size=size.width * 8 // 3,
+            num_hidden_layers=size.layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=4096,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).save_pretrained(root)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size.vocabulary)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(root)
+    return root
