@@ -145,3 +145,35 @@ def test_min_gap_and_the_limit_are_respected() -> None:
     scores: list[float | None] = [5.0, 4.0, 3.5, 1.0, 3.0, 2.9, 2.8, 2.7]
     pairs, _ = _round(_rollout(FakePool(TEXTS, scores), min_gap=0.5, max_pairs_per_speech=2), 0)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one a", "one d"), ("one b", "one c")]
+
+
+def test_a_mixture_is_the_weighted_sum_and_needs_both_parts() -> None:
+    pool = FakePool(TEXTS, [1.0, 4.0, 2.0, 3.0, 2.0, 4.0, None, 1.0])
+    found = _rollout(pool, scorer="mixture", reward_weight=2.0, judge_weight=0.5)("policy", 0, SPEECHES[:2])
+    assert [row["score"] for row in found.samples] == [2.5, 10.0, 5.0, 7.5, 5.0, 10.0, None, 2.5]
+    assert [row["reward"] for row in found.samples[:2]] == [row["overall"] for row in found.samples[:2]] == [1.0, 4.0]
+
+
+def test_the_longer_of_two_as_good_is_rejected_under_a_length_penalty() -> None:
+    """And what is reported is the score, not what pairs are made by."""
+    texts = ["short", "long " * 40, "one", "two", "two a", "two b", "two c", "two d"]
+    scores: list[float | None] = [4.0, 4.5, 3.9, 3.9, 1.0, 1.0, 1.0, 1.0]
+    pairs, report = _round(_rollout(FakePool(texts, scores), length_penalty=1.0, length_free_chars=20))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("short", ("long " * 40).strip())]
+    assert report["mean_score"] == pytest.approx(sum(filter(None, scores)) / 8)
+    assert report["ties"] == 0.5
+
+
+def test_the_judges_safety_keeps_a_response_from_being_chosen() -> None:
+    pool = FakePool(TEXTS, [1.0, 2.0, 2.0, 2.0, 5.0, 4.0, 3.0, 3.0])  # every principle is rated alike
+    pairs, report = _round(_rollout(pool, scorer="judge", safety_floor=3))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("two a", "two d")]
+    assert report["floor_hits"] == 4
+
+
+def test_dev_speeches_have_the_same_seeds_every_time() -> None:
+    pool = FakePool(["one a", "two a"], [1.0, 4.0])
+    rollout = _rollout(pool)
+    first, seeds = rollout.dev_score("policy", SPEECHES[:2]), list(pool.seeds)
+    assert first == rollout.dev_score("later", SPEECHES[:2]) == 2.5
+    assert pool.seeds == seeds and len(set(seeds)) == 2

@@ -6,6 +6,7 @@ sampled from is then another than the one that is trained, and all one sees is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def check(
         for text, (one, other) in enumerate(zip(expected, rows, strict=True)):
             if other is None or len(one) != len(other):
                 raise StageFailed(f"engine {worker} reads probe {text} in another number of tokens than the trainer")
-            difference = max(abs(a - b) for a, b in zip(one, other, strict=True))
+            differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
+            difference = math.nan if any(map(math.isnan, differences)) else max(differences)
             if not difference <= tolerance:  # also where it is no number
                 raise StageFailed(
                     f"engine {worker} does not hold the trainer's weights: a token of probe {text} differs by "
