@@ -424,7 +424,10 @@ class OnlineConfig(PreferenceConfig):
     scorer_engine: EngineConfig | None = Field(None, description="of the reward model; none: inference.engine")
     probes: int = Field(8, ge=1, description="texts whose log-probabilities must be the trainer's after every sync")
     sync_tolerance: float | None = Field(
-        None, gt=0, description="largest difference of a probe token's log-probability; none: 1e-4 in fp32, 0.5 in bf16"
+        None,
+        gt=0,
+        description="largest difference of a probe token's log-probability; none: 1e-4 where trainer and engine "
+        "compute in fp32, else 0.5",
     )
     kl_samples: int = Field(16, ge=0, description="samples of a round by which the KL to the first policy is estimated")
     round_timeout_s: float = Field(7200, gt=0, description="for sampling and scoring a round")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from psycho.config import Config, OnlineConfig, TrainingConfig
+from psycho.config import Config, LoRAConfig, OnlineConfig, TrainingConfig
 from psycho.errors import StageFailed
 from psycho.inference.worker import Completion
 from psycho.training.launch import read_history
@@ -103,7 +103,13 @@ class Tried:
         settings = {"rounds": 2, "speeches_per_round": 4, "samples_per_speech": 4, "lr": 1e-3, "batch_size": 2}
         self.root, self.policy, self.dev = root, policy, dev
         share = 0.5 if dev else 0.0
-        config = {"seed": 5, "online": OnlineConfig(**(settings | {"probes": 2} | online)), "training": training}
+        engine = {"dtype": "float32"}
+        config = {
+            "seed": 5,
+            "inference": {"engine": engine},
+            "online": OnlineConfig(**(settings | {"probes": 2} | online)),
+            "training": training,
+        }
         self.config = Config.model_validate(config | {"pairs": {"dev_share": share}})
         self.pool = Pool()
         self.history: list[dict[str, float]] = []
@@ -256,6 +262,20 @@ def test_a_training_that_is_interrupted_starts_from_the_rounds_beginning(
     tried()
     assert "sample" not in {name for name, _ in tried.pool.asked[sampled:]}
     assert _same(tried.weights, whole.weights)
+
+
+def test_adapters_go_on_too(whole: Tried, tmp_path: Path) -> None:
+    """LoRA: the engines get merged weights, the trainer its adapters back."""
+    lora = TRAINING.model_copy(update={"lora": LoRAConfig(r=4, alpha=8)})
+    other = Tried(tmp_path / "whole", whole.policy, training=lora)
+    other()
+    tried = Tried(tmp_path / "broken", whole.policy, training=lora)
+    _break_call(tried, "sample", 2)
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    tried.pool.break_at = lambda name: None
+    tried()
+    assert _same(tried.weights, other.weights) and not _same(tried.weights, whole.weights)
 
 
 def test_half_a_half_is_nothing(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from psycho.training.online.state import RoundStore, load_optimizer, save_optimi
 
 T = TypeVar("T")
 Row = dict[str, Any]
-_TOLERANCE = {"fp32": 1e-4, "bf16": 0.5}
+_EXACT, _ROUNDED = 1e-4, 0.5  # nats of a token; the second where trainer or engine computes in 16 bits
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ class Rounds:
         return {"sync_error": error, "dev_score": score}
 
     def _prove(self, policy: str, said: Sequence[Sequence[float]]) -> float:
-        tolerance = self.online.sync_tolerance or _TOLERANCE[self.job.training.precision]
+        exact = (self.job.training.precision, self.job.config.inference.engine.dtype) == ("fp32", "float32")
+        tolerance = self.online.sync_tolerance or (_EXACT if exact else _ROUNDED)
         rollout = self.job.rollout.engines.rollout
         return proof.check(said, rollout.read_by_each(policy, [row.ids for row in self.probes]), tolerance)
 
