@@ -123,6 +123,12 @@ def test_an_unsafe_response_may_be_rejected() -> None:
     assert speech_pairs(["a", "b"], [1.0, 2.0], [1, 5], online, 0) == [(1, 0)]
 
 
+@pytest.mark.parametrize("strategy", ["all", "top_margin"])
+def test_an_unsafe_response_in_the_middle_is_not_chosen_either(strategy: str) -> None:
+    online = _online(strategy=strategy, safety_floor=3, max_pairs_per_speech=9)
+    assert speech_pairs(list("abc"), [3.0, 2.0, 1.0], [5, 1, 5], online, 0) == [(0, 2), (0, 1)]
+
+
 def test_a_reward_gap_may_be_wider_than_ratings_ever_are() -> None:
     online = OnlineConfig(strategy="all", min_gap=7.5, max_pairs_per_speech=9)
     assert speech_pairs(["a", "b", "c"], [9.0, 1.0, 4.0], [None] * 3, online, 0) == [(0, 1)]

@@ -26,6 +26,7 @@ class FakePool:
         self.prompts: list[Any] = []
         self.policies: list[str] = []
         self.scored: list[str] = []
+        self.items: list[Any] = []
 
     def sample(self, policy: str, prompts: Any, seeds: Any, sampling: Any, reporter: Any) -> list[Completion]:
         self.policies.append(policy)
@@ -43,6 +44,7 @@ class FakePool:
 
     def rate(self, model: str, judge: Any, items: Any, seeds: Any, reporter: Any) -> list[Rating | None]:
         assert model == "scorer"
+        self.items = list(items)
         self.scored = [text for _, text, _ in items]
         assert set(seeds) <= set(self.seeds)
         found = [self.scores[self._place(text)] for text in self.scored]
@@ -122,6 +124,15 @@ def test_an_empty_text_is_not_scored_and_shifts_nothing(scorer: str) -> None:
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one d", "one b"), ("two c", "two a")]
     assert report["failed"] == 3
     assert report["samples"] == 8
+
+
+def test_the_judge_sees_each_response_with_its_own_speech() -> None:
+    pool = FakePool(TEXTS, [1.0] * 8)
+    speeches = [SPEECHES[0], SPEECHES[1] | {"history": "[]"}]
+    _rollout(pool, scorer="judge")("policy", 0, speeches)
+    assert [(question, history) for question, _, history in pool.items] == [("Question 0?", None)] * 4 + [
+        ("Question 1?", "[]")
+    ] * 4
 
 
 def test_nothing_scored_is_no_pair_and_no_crash() -> None:
