@@ -237,6 +237,7 @@ def test_a_rerun_goes_on_from_the_last_half(
     tried()
     assert _same(tried.weights, other.weights)
     assert tried.losses == other.losses
+    assert all(report["sync_error"] <= 1e-4 for report in tried.reports)
     assert len(trained) == 2  # each round once
     drawn = sum(name == "reward" for name, _ in tried.pool.asked)
     assert drawn - 2 <= (call in ("reward", "read"))  # of the half that was interrupted alone

@@ -90,8 +90,7 @@ class Rounds:
             policy = self.store.policy(self.done, self.job.policy)
             on_first("starting the engines", lambda: self.job.rollout.engines.wait(policy))
         facts = self._settle(self.done)
-        if not self.done:
-            on_first("writing", lambda: self.store.keep_after(0, facts))
+        on_first("writing", lambda: self.store.after(self.done) or self.store.keep_after(self.done, facts))
         for number in range(self.done, self.online.rounds):
             if on_first("watching", partial(self._stops, number)):
                 break
