@@ -90,7 +90,7 @@ class Rounds:
             policy = self.store.policy(self.done, self.job.policy)
             on_first("starting the engines", lambda: self.job.rollout.engines.wait(policy))
         facts = self._settle(self.done)
-        on_first("writing", lambda: self.store.after(self.done) or self.store.keep_after(self.done, facts))
+        on_first("writing", lambda: self._note(facts))
         for number in range(self.done, self.online.rounds):
             if on_first("watching", partial(self._stops, number)):
                 break
@@ -110,6 +110,11 @@ class Rounds:
         facts = self._settle(number + 1)
         on_first("writing", lambda: self._finish(number + 1, facts))
         self.clock = Clock()
+
+    def _note(self, facts: Row) -> None:
+        """What was found at the start, where an earlier try did not come to note it."""
+        if not self.store.after(self.done):
+            self.store.keep_after(self.done, facts)
 
     def _resume(self) -> int:
         self.store.tidy()
