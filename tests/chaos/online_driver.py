@@ -7,6 +7,7 @@ ROOT/pids.json once they are there; the ranks of the training are children named
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -43,7 +44,11 @@ def main() -> None:
     with engines(config, policy, reward) as workers:
         workers.start(policy)
         pools = {"rollout": workers.rollout, "reward": workers.reward}
-        pids = {name: ray.get(pool._actors[0].ping.remote()) for name, pool in pools.items() if pool}
+        pids = {
+            name: ray.get(pool._actors[0].__ray_call__.remote(lambda _: os.getpid()))
+            for name, pool in pools.items()
+            if pool
+        }
         (root / "pids.json").write_text(json.dumps(pids))
         job = OnlineJob(
             config, config.training, policy, str(root / "rounds"), str(root / "online"), speeches, [],

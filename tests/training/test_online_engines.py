@@ -44,7 +44,7 @@ def started(local_ray: None, tiny_llama: Callable[..., str]) -> Iterator[Engines
 
 def _pids(workers: Engines) -> list[int]:
     pools = [pool for pool in (workers.rollout, workers.reward) if pool]
-    return list(ray.get([pool._actors[0].ping.remote() for pool in pools]))
+    return list(ray.get([pool._actors[0].__ray_call__.remote(lambda _: os.getpid()) for pool in pools]))
 
 
 def _expected(model: str, rows: list[list[int]]) -> list[list[float]]:
