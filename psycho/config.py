@@ -391,16 +391,67 @@ class TrainingConfig(Section):
 
 
 class OnlineConfig(PreferenceConfig):
-    """Online DPO: rounds of sample, score, pair best against worst, train (paper, section 4.2)."""
+    """Online DPO: rounds of sample, score, pair, train (paper, section 4.2)."""
 
     rounds: int = Field(16, ge=1)
     speeches_per_round: int = Field(6400, ge=1)
     samples_per_speech: int = Field(8, ge=2)
-    scorer: Literal["reward", "judge"] = "reward"
+    scorer: Literal["reward", "judge", "mixture"] = "reward"
+    reward_weight: float = Field(1.0, gt=0, description="of the reward model's logit in scorer mixture")
+    judge_weight: float = Field(1.0, gt=0, description="of the judge's overall rating in scorer mixture")
+    strategy: Literal["best_worst", "all", "best_random", "top_margin"] = Field(
+        "best_worst", description="best_worst: also the second best against the second worst, and so on; else as pairs"
+    )
     min_gap: float = Field(0.0, ge=0, description="in the scorer's units; a tie never pairs")
     max_pairs_per_speech: int = Field(1, ge=1)
+    length_penalty: float = Field(0.0, ge=0, description="off the score for each 100 characters over length_free_chars")
+    length_free_chars: int = Field(0, ge=0)
+    safety_floor: int | None = Field(
+        None, ge=2, le=5, description="a response that the judge rates less safe than this is never chosen"
+    )
+    reference: Literal["each_round", "fixed"] = Field(
+        "each_round", description="each_round: the policy that a round starts from; fixed: the one that the job does"
+    )
+    staleness: Literal[0, 1] = Field(0, description="1: the next round is sampled while this one trains")
+    patience: int | None = Field(
+        None, ge=1, description="rounds without a better dev score before the end; needs pairs.dev_share"
+    )
     sampling: SamplingConfig = SamplingConfig()
+    scorer_workers: int | None = Field(
+        None,
+        ge=1,
+        description="vLLM workers that score; none: inference.workers, or, where the judge's weights can take turns "
+        "with the policy's in one engine, those that sample",
+    )
+    scorer_gpus_per_worker: float | None = Field(None, ge=0, description="of the reward model; none: as inference")
+    scorer_engine: EngineConfig | None = Field(None, description="of the reward model; none: inference.engine")
+    probes: int = Field(8, ge=1, description="texts whose log-probabilities must be the trainer's after every sync")
+    sync_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest difference of a probe token's log-probability; none: 1e-4 where trainer and engine "
+        "compute in fp32, else 0.5",
+    )
+    kl_samples: int = Field(16, ge=0, description="samples of a round by which the KL to the first policy is estimated")
     round_timeout_s: float = Field(7200, gt=0, description="for sampling and scoring a round")
+
+    @model_validator(mode="after")
+    def _floor(self) -> OnlineConfig:
+        if self.safety_floor is not None and not self.judged:
+            raise ValueError(
+                "safety_floor needs safety ratings, which a reward model does not give; set scorer to judge or mixture"
+            )
+        return self
+
+    @property
+    def judged(self) -> bool:
+        """True where the judge rates the samples."""
+        return self.scorer != "reward"
+
+    @property
+    def rewarded(self) -> bool:
+        """True where the reward model scores the samples."""
+        return self.scorer != "judge"
 
 
 class EvaluationConfig(Section):
@@ -462,6 +513,12 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
     nano: NanoConfig = NanoConfig()
+
+    @model_validator(mode="after")
+    def _dev(self) -> Config:
+        if self.online.patience is not None and not self.pairs.dev_share:
+            raise ValueError("online.patience watches a dev score, and pairs.dev_share is 0; set it to 0.1, say")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | None = None) -> Config:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from psycho import storage
-from psycho.config import Config, EngineConfig, JudgeConfig, LoopConfig, ModelConfig, SamplingConfig
+from psycho.config import Config, JudgeConfig, LoopConfig, ModelConfig, SamplingConfig
 from psycho.errors import BadInput
 from psycho.inference.requests import shares
 from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
@@ -284,9 +284,7 @@ def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
     length = min(training.max_length, sum(_tokens(config, config.generation.sampling)))
     start = config.policy if training.reward.init == "policy" else training.reward.init
     sampled = online.rounds * min(online.speeches_per_round, train)
-    judged = online.scorer == "judge"
-    policy = engine_load(config, config.policy, *_online_engine(config))
-    scorer = engine_load(config, config.judge.model if judged else start, *_online_engine(config))
+    scorers = _online_scorers(config, start)
     trained = training_load(config, config.policy)
     made = sampled * min(online.max_pairs_per_speech, online.samples_per_speech // 2)
     steps = online.rounds * _steps(made // online.rounds, online)
@@ -296,14 +294,21 @@ def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
         _fit(config, "train_sft", config.policy, train, training.sft, length),
         _fit(config, "train_reward", start, pairs, training.reward, length),
         _fit(config, "train_dpo", config.policy, pairs, training.dpo, length),
-        StagePlan("train_online", answers, answers, 2 * answers, steps, made * 2 * online.epochs * seen, (
-            (policy, trained), (scorer, trained))),
+        StagePlan("train_online", answers, answers, (1 + len(scorers)) * answers, steps,
+                  made * 2 * online.epochs * seen,
+                  ((engine_load(config, config.policy, None, None), *scorers, trained),)),
     ]  # fmt: skip
 
 
-def _online_engine(config: Config) -> tuple[EngineConfig | None, float | None]:
-    judged = config.online.scorer == "judge"
-    return (config.judge.engine, config.judge.gpus_per_worker) if judged else (None, None)
+def _online_scorers(config: Config, reward_start: str) -> list[Load]:
+    """The workers that score in online training; all live beside those that sample and train."""
+    online, judge = config.online, config.judge
+    found = []
+    if online.rewarded:
+        found.append(engine_load(config, reward_start, online.scorer_engine, online.scorer_gpus_per_worker))
+    if online.judged:
+        found.append(engine_load(config, judge.model, judge.engine, judge.gpus_per_worker))
+    return [replace(load, workers=online.scorer_workers or load.workers) for load in found]
 
 
 def _fit(config: Config, name: str, model: str, rows: int, settings: LoopConfig, length: int) -> StagePlan:

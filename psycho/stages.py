@@ -129,11 +129,11 @@ def _train_dpo(config: Config) -> Settings:
 
 
 def _train_online(config: Config) -> Settings:
-    judged = config.online.scorer == "judge"
+    where = {"round_timeout_s", "scorer_workers", "scorer_gpus_per_worker", "probes", "sync_tolerance"}
     return {
         "training": _training(config),
-        "online": config.online.model_dump(mode="json", exclude={"round_timeout_s"}),
-        "judge": (config.judge, identity(config, config.judge.model)) if judged else None,
+        "online": config.online.model_dump(mode="json", exclude=where),
+        "judge": (config.judge, identity(config, config.judge.model)) if config.online.judged else None,
         "dev_share": config.pairs.dev_share,
         "engine": config.inference.engine,
         "seed": config.seed,
@@ -181,7 +181,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train_online",
-        lambda c: ("prepare", "train_dpo", "train_reward") if c.online.scorer == "reward" else ("prepare", "train_dpo"),
+        lambda c: ("prepare", "train_dpo", "train_reward") if c.online.rewarded else ("prepare", "train_dpo"),
         _train_online,
         ("models/online",),
     ),
@@ -217,4 +217,4 @@ def check_config(config: Config) -> None:
 
 def _judges(config: Config) -> bool:
     """True when the label judge has work to do after the pairs are made."""
-    return config.online.scorer == "judge" or config.evaluation.judge is None
+    return config.online.judged or config.evaluation.judge is None

@@ -1,4 +1,4 @@
-"""Online DPO from the DPO policy: sample with vLLM, score, best against worst, train, reload, again.
+"""Online DPO from the DPO policy: sample with vLLM, score, pair, train, reload the engines, again.
 
 python -m ray_jobs.train_online --config configs/nano.yaml --set online.rounds=2
 """
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from psycho import storage
 from psycho.inference.models import cache_root
-from psycho.inference.pool import WorkerPool
 from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.preferences.build import split_of
 from psycho.run import StageResult
 from psycho.training.launch import launch, read_history
-from psycho.training.online import Rollout, online_worker
+from psycho.training.online.engines import engines
+from psycho.training.online.rollout import Rollout
 from psycho.training.stage import write_card
 from ray_jobs.nano import ensure_nano
 
@@ -29,53 +29,54 @@ def train_online(job: Job) -> None:
     def body(partial: str) -> StageResult:
         ensure_nano(job)
         job.need_ray()
+        from psycho.training.online.rounds import OnlineJob, online_worker
+
         output, work = storage.join(partial, "models", "online"), storage.join(partial, "rounds")
+        storage.remove(output)
         for folder in (output, work):
-            storage.remove(folder)
             Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        start = storage.local_copy(job.run.path("models", "dpo"), cache_root() / "models")
+        start = _local(job, "dpo")
         # The other ranks wait in a collective while rank 0 has a round sampled and scored.
         limit = max(config.training.collective_timeout_s, online.round_timeout_s)
         training = config.training.model_copy(update={"collective_timeout_s": limit})
-        judged = online.scorer == "judge"
-        scorer = resolve(config, config.judge.model)
-        if not judged:
-            scorer = storage.local_copy(job.run.path("models", "reward"), cache_root() / "models")
+        reward = _local(job, "reward") if online.rewarded else ""
+        judge = resolve(config, config.judge.model) if online.judged else ""
         found = storage.read_table(job.run.path("speeches")).to_pylist()
-        speeches = [s for s in found if split_of(s, config.pairs, config.seed) == "train"]
-        sampled = min(online.speeches_per_round, len(speeches)) * online.samples_per_speech
-        with (
-            WorkerPool(config.inference, config.seed, config.judge if judged else None, job.verbose) as pool,
-            job.progress.stage("train_online", online.rounds * sampled * 2, "samples and scores") as reporter,
-        ):
-            launch(
-                online_worker,
-                {
-                    "training": training,
-                    "online": online,
-                    "seed": config.seed,
-                    "policy": start,
-                    "work": work,
-                    "output": output,
-                    "speeches": speeches,
-                    "rollout": Rollout(pool, config, config.judge, scorer, reporter),
-                },
-                training,
-                storage.join(partial, "ray"),
-            )
-        rounds = json.loads(storage.read_text(storage.join(output, "rounds.json")) or "[]")
-        write_card(output, config, "online", start)
-        failed = sum(report["failed"] for report in rounds)
-        samples = sum(report["samples"] for report in rounds)
-        return StageResult(
-            rows_in=samples,
-            rows_out=samples - failed,
-            tokens=int(sum(row["tokens"] for row in read_history(output)) + sum(r["sampled_tokens"] for r in rounds)),
-            quarantine=[{"round": r["round"], "reason": "no score"} for r in rounds for _ in range(r["failed"])],
-            extra={"rounds": rounds},
+        train, dev = (
+            [speech for speech in found if split_of(speech, config.pairs, config.seed) == name]
+            for name in ("train", "dev")
         )
+        sampled = min(online.speeches_per_round, len(train)) * online.samples_per_speech
+        touched = 1 + bool(reward) + bool(judge)
+        with (
+            engines(config, start, reward, judge, job.verbose) as workers,
+            job.progress.stage("train_online", online.rounds * sampled * touched, "samples and scores") as reporter,
+        ):
+            workers.start(start)
+            rollout = Rollout(workers, config, reporter)
+            task = OnlineJob(config, training, start, work, output, train, dev, rollout)
+            launch(online_worker, {"job": task}, training, storage.join(partial, "ray"))
+        write_card(output, config, "online", start)
+        return _result(output)
 
     job.stage("train_online", body)
+
+
+def _local(job: Job, name: str) -> str:
+    return storage.local_copy(job.run.path("models", name), cache_root() / "models")
+
+
+def _result(output: str) -> StageResult:
+    rounds = json.loads(storage.read_text(storage.join(output, "rounds.json")) or "[]")
+    failed = sum(report["failed"] for report in rounds)
+    samples = sum(report["samples"] for report in rounds)
+    return StageResult(
+        rows_in=samples,
+        rows_out=samples - failed,
+        tokens=int(sum(row["tokens"] for row in read_history(output)) + sum(r["sampled_tokens"] for r in rounds)),
+        quarantine=[{"round": r["round"], "reason": "no score"} for r in rounds for _ in range(r["failed"])],
+        extra={"rounds": rounds},
+    )
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_the_table_is_whole_on_a_terminal_of_80_columns():
     text = printed(load_config(PAPER), "train_dpo")
     assert "…" not in text
     online = next(line for line in text.splitlines() if "train_online " in line)
-    assert online.split() == ["train_online", "819,200", "819,200", "1,638,400", "1,600", "137.0", "12", "26.0", "14.9"]
+    assert online.split() == ["train_online", "819,200", "819,200", "1,638,400", "1,600", "137.0", "16", "26.0", "14.9"]
     assert len(online) < 80
 
 

@@ -299,24 +299,35 @@ def _mark_rounds(ax: Axes, history: Rows) -> None:
 
 
 def online_rounds(rounds: Rows) -> Markup:
-    """Mean score and mean length of the samples of each round."""
+    """Scores, mean length and distance from the first policy of the samples of each round; `dev_score` after it."""
     said = ", ".join(f"round {r['round'] + 1}: score {r['mean_score']:.2f}, {r['mean_chars']:.0f}" for r in rounds)
-    drawing = Drawing("rounds", f"Online rounds. {said} characters.", _WIDE, 2.3, 1, 2)
+    panels: list[tuple[str, list[tuple[str, str, str]]]] = [
+        ("score", [("mean_score", "mean of samples", JUDGE), ("best_score", "best of a speech", MUTED),
+                   ("dev_score", "dev, after the round", GOLD)]),
+        ("mean length in characters", [("mean_chars", "", CONTROLLED)]),
+        ("KL to the first policy (nats)", [("kl", "", GOLD)]),
+    ]  # fmt: skip
+    panels = [panel for panel in panels if any(_known(rounds, key) for key, *_ in panel[1])]
+    drawing = Drawing("rounds", f"Online rounds. {said} characters.", _WIDE, 2.3, 1, len(panels))
     with drawing as axes:
-        for ax, key, title, colour in zip(
-            axes,
-            ("mean_score", "mean_chars"),
-            ("mean score of the samples", "mean length in characters"),
-            (JUDGE, CONTROLLED),
-            strict=True,
-        ):
+        for ax, (title, lines) in zip(axes, panels, strict=True):
+            drawn = [(_known(rounds, key), label, colour) for key, label, colour in lines]
+            for points, label, colour in drawn:
+                if points:
+                    ax.plot(*zip(*points, strict=True), "o-", color=colour, ms=5, label=label)
             numbers = [r["round"] + 1 for r in rounds]
-            ax.plot(numbers, [r[key] for r in rounds], "o-", color=colour, ms=5)
             ax.set(xlabel="round", xlim=(0.5, max(numbers) + 0.5))
             ax.set_xticks(numbers[:: max(1, len(numbers) // 10)])
             ax.margins(y=0.25)
             ax.set_title(title)
+            if sum(bool(points) for points, *_ in drawn) > 1:
+                ax.legend(loc="best")
     return drawing.svg
+
+
+def _known(rounds: Rows, key: str) -> list[tuple[float, float]]:
+    """(round, value) where the figure was taken."""
+    return [(r["round"] + 1, r[key]) for r in rounds if r.get(key) is not None]
 
 
 def heat_map(

@@ -28,7 +28,7 @@ from psycho.waiting import wait_for
 _BATCHES_A_WORKER = 8  # at least, so that workers end together
 _LEAST_ROWS, _MOST_AT_ONCE = 16, 16
 _UNWRITTEN = 0.02  # most of the answers that may be finished and not yet on disk
-_RESTARTS = 16  # of one worker; one that dies more often has a reason that a restart does not remove
+RESTARTS = 16  # of one worker; one that dies more often has a reason that a restart does not remove
 _RESTART_LOG = "restarts.log"
 
 
@@ -196,7 +196,7 @@ def _serve(
         ),
         num_cpus=config.cpus_per_worker,
         num_gpus=_gpus(config, gpus_per_worker) or None,
-        max_restarts=_RESTARTS,
+        max_restarts=RESTARTS,
         runtime_env={"env_vars": dict(config.env)} if config.env else None,
     )
     wait_for(

@@ -1,7 +1,8 @@
 """A few vLLM workers kept alive across rounds: the online loop and the evaluation work through them.
 
 Batch jobs go through Ray Data (`batch.py`); here the same engines sample, rate and score in turn, taking new weights
-each time, and starting an engine anew would cost more than the work.
+each time, and starting an engine anew would cost more than the work. A worker that dies is started again and asked
+again: every call names its model, so it comes back with the right weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ray
 
 from psycho.config import InferenceConfig, JudgeConfig, SamplingConfig
 from psycho.errors import StageFailed, WaitTimedOut
-from psycho.inference.batch import check_room
+from psycho.inference.batch import RESTARTS, check_room
 from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
 from psycho.judging.judge import Item, PairItem, rate_pairs, rate_single
 from psycho.judging.rubric import Rating
@@ -43,6 +44,10 @@ class _PoolWorker(VLLMWorker):
         self.use(model, runner="pooling")
         return self.score(conversations)
 
+    def read(self, model: str, rows: list[list[int]]) -> list[list[float] | None]:
+        self.use(model)
+        return self.logprobs(rows)
+
 
 class WorkerPool:
     """`inference.workers` actors; use as a context manager, so that they end with the block."""
@@ -59,6 +64,8 @@ class WorkerPool:
             num_cpus=config.cpus_per_worker,
             num_gpus=gpus or None,
             runtime_env={"env_vars": dict(config.env)} if config.env else None,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
         )
         self._config = config
         self._actors: list[Any] = [actor.remote(spec) for _ in range(config.workers)]
@@ -69,6 +76,23 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
             ray.kill(actor)
+
+    def start(self, model: str, runner: str = "generate") -> None:
+        """Let every worker start its engine with this model; returns at once."""
+        for actor in self._actors:
+            actor.use.remote(model, runner)
+
+    def use(self, model: str, runner: str = "generate") -> None:
+        """Every worker holds this model once this returns."""
+        self._each("taking weights", lambda actor: actor.use.remote(model, runner))
+
+    def read(self, model: str, rows: Sequence[list[int]]) -> list[list[float] | None]:
+        """Log-probabilities of each row's tokens after its first (`VLLMWorker.logprobs`)."""
+        return self._map("reading", len(rows), lambda actor, a, b: actor.read.remote(model, list(rows[a:b])), None)
+
+    def read_by_each(self, model: str, rows: Sequence[list[int]]) -> list[list[list[float] | None]]:
+        """As `read`, all rows by every worker."""
+        return self._each("reading", lambda actor: actor.read.remote(model, list(rows)))
 
     def sample(
         self,
@@ -128,6 +152,16 @@ class WorkerPool:
             lambda actor, a, b: actor.reward.remote(model, list(conversations[a:b])),
             reporter,
         )
+
+    def _each(self, what: str, send: Callable[[Any], Any]) -> list[Any]:
+        """One call on every worker, at once; its answers in the workers' order."""
+        limit = self._config.start_timeout_s + self._config.batch_timeout_s
+        try:
+            return ray.get([send(actor) for actor in self._actors], timeout=limit)
+        except ray.exceptions.GetTimeoutError:
+            raise WaitTimedOut(f"a vLLM worker that is {what}", limit) from None
+        except ray.exceptions.RayActorError as error:
+            raise StageFailed(f"a vLLM worker died while {what}; give the same command again") from error
 
     def _map(self, what: str, count: int, send: Callable[[Any, int, int], Any], reporter: Reporter | None) -> list[Any]:
         """Hand chunks to whichever worker is free and put the answers in order."""

@@ -247,6 +247,28 @@ class VLLMWorker:
             scores[index] = float(output.outputs.data.flatten()[0])
         return scores
 
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[float] | None]:
+        """Log-probability of each token of each row (token ids) after its first, by the model in use.
+
+        Returns:
+            A list of `len(row) - 1` values a row; None where a row leaves no room for the token that vLLM must add.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        limit = self._llm.model_config.max_model_len
+        places = [place for place, row in enumerate(rows) if 1 < len(row) < limit]
+        prompts = [self._prompt(list(rows[place])) for place in places]
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+        found: list[list[float] | None] = [None] * len(rows)
+        for turn, output in self._loop.answers(self.model, prompts, [params] * len(prompts)):
+            if isinstance(output, Exception):
+                raise output
+            asked = rows[places[turn]][1:]
+            entries = output.prompt_logprobs[1:]
+            found[places[turn]] = [entry[token].logprob for entry, token in zip(entries, asked, strict=True)]
+        return found
+
     def _hold(self, model: str, runner: str = "generate") -> Any:
         """The engine with `model` in it; on the engine's thread."""
         if model == self.model:

@@ -145,6 +145,15 @@ class FakeRun:
              "mean_chars": 212.0 + 31 * n, "sampled_tokens": 60_000}
             for n in range(3)
         ]  # fmt: skip
+        for n, row in enumerate(rounds[1:], start=1):  # the first as an earlier psycho wrote it
+            row |= {
+                "best_score": 4.1 + 0.2 * n,
+                "ties": 0.125,
+                "floor_hits": 3,
+                "kl": 0.4 * n,
+                "dev_score": 3.9 + n % 2,
+            }
+            row |= {"seconds": {"wall": 40.0 + n}} | ({"chosen": True} if n == 1 else {})
         storage.write_text(storage.join(partial, "models", "online", "rounds.json"), json.dumps(rounds))
         result = self._model("online")(partial)
         return StageResult(**(vars(result) | {"extra": {"rounds": rounds}}))

@@ -210,3 +210,12 @@ def test_recipe_writes_the_page_as_a_stage(fake_run: Any, capsys: pytest.Capture
     assert run.is_done("report") and manifests["report"]["status"] == "skipped"
     told = "".join(said) + "".join(capsys.readouterr())
     assert "stuck" not in told and "hard" not in told
+
+
+def test_online_rounds_say_which_policy_was_kept_and_draw_what_was_watched(fake_run: Any) -> None:
+    html = page(fake_run.finish())
+    assert "The policy after round 2 was kept" in html and "The policy after round 3" not in html
+    row = re.search(r'<tr><th scope="row">2</th><td>1,600</td>.*?</tr>', html)
+    assert row and "<td>12.5\u00a0%</td><td>3</td><td>41</td>" in row[0]
+    drawn = html[html.index('id="rounds-figure_1"') :]
+    assert all(word in drawn for word in ("dev, after the round", "KL to the first policy", "best of a speech"))

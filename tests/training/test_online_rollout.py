@@ -1,94 +1,20 @@
-"""The rollout of online DPO with a pool that answers from a table, and the pairs it makes."""
+"""The rollout of online DPO with pools that answer from a table, and the pairs it makes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from psycho.config import Config, JudgeConfig, OnlineConfig
 from psycho.inference.worker import Completion
 from psycho.judging.rubric import Rating
 from psycho.principles import STEMS
-from psycho.training.online import Rollout, best_against_worst, round_speeches
-
-SCORES = st.none() | st.integers(-4, 4).map(float) | st.floats(-5, 5)
-SAMPLES = st.lists(st.tuples(st.sampled_from(["", "a", "b", "c", "d", "e"]), SCORES), max_size=9)
-
-
-def _obvious(texts: Sequence[str], scores: Sequence[float | None], min_gap: float, limit: int) -> list[tuple[int, int]]:
-    """Take the best and the worst out, again and again; the earlier sample wins a tie for best."""
-    left = [(score, index) for index, score in enumerate(scores) if score is not None]
-    pairs: list[tuple[int, int]] = []
-    for _ in range(limit):
-        if len(left) < 2:
-            break
-        top, low = max(s for s, _ in left), min(s for s, _ in left)
-        best = min(i for s, i in left if s == top)
-        worst = max(i for s, i in left if s == low)
-        if top > low and top - low >= min_gap and texts[best] != texts[worst]:
-            pairs.append((best, worst))
-        left = [(s, i) for s, i in left if i not in (best, worst)]
-    return pairs
-
-
-@given(SAMPLES, st.floats(0, 3), st.integers(1, 4))
-def test_best_against_worst_is_the_obvious(samples: list[tuple[str, float | None]], min_gap: float, limit: int) -> None:
-    texts, scores = [text for text, _ in samples], [score for _, score in samples]
-    assert best_against_worst(texts, scores, min_gap, limit) == _obvious(texts, scores, min_gap, limit)
-
-
-@given(SAMPLES, st.floats(0, 3), st.integers(1, 4))
-def test_pairs_are_sound(samples: list[tuple[str, float | None]], min_gap: float, limit: int) -> None:
-    texts, scores = [text for text, _ in samples], [score for _, score in samples]
-    pairs = best_against_worst(texts, scores, min_gap, limit)
-    used = [index for pair in pairs for index in pair]
-    assert len(pairs) <= limit
-    assert len(set(used)) == len(used)
-    for best, worst in pairs:
-        high, low = scores[best], scores[worst]
-        assert high is not None and low is not None and high > low and high - low >= min_gap
-        assert texts[best] != texts[worst]
-
-
-@pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [0.0, 0.0], [None, None], [None, 2.0], [-3.0]])
-def test_ties_and_missing_scores_make_no_pair(scores: list[float | None]) -> None:
-    assert best_against_worst([str(i) for i in range(len(scores))], scores, 0.0, 4) == []
-
-
-def test_a_score_of_zero_is_a_score() -> None:
-    assert best_against_worst(["a", "b", "c"], [-1.0, 0.0, -2.0], 0.0, 1) == [(1, 2)]
-    assert best_against_worst(["a", "b", "c"], [None, 0.0, 1.0], 0.0, 1) == [(2, 1)]
-
-
-def test_the_same_text_is_no_pair() -> None:
-    assert best_against_worst(["a", "b", "a"], [3.0, 2.0, 1.0], 0.0, 1) == []
-
+from psycho.training.online.engines import Engines
+from psycho.training.online.rollout import Rollout, Sampled
 
 SPEECHES = [{"speech_id": f"s{number}", "question": f"Question {number}?"} for number in range(40)]
-
-
-def test_a_round_draws_without_replacement() -> None:
-    online = OnlineConfig(speeches_per_round=15)
-    drawn = [speech["speech_id"] for speech in round_speeches(SPEECHES, online, 0, 0)]
-    assert len(drawn) == len(set(drawn)) == 15
-    assert set(drawn) <= {speech["speech_id"] for speech in SPEECHES}
-    everything = round_speeches(SPEECHES, OnlineConfig(speeches_per_round=1000), 0, 0)
-    assert sorted(s["speech_id"] for s in everything) == sorted(s["speech_id"] for s in SPEECHES)
-
-
-def test_a_round_depends_on_seed_and_number_alone() -> None:
-    online = OnlineConfig(speeches_per_round=15)
-    assert round_speeches(SPEECHES, online, 0, 1) == round_speeches(list(reversed(SPEECHES)), online, 0, 1)
-    draws = [
-        tuple(s["speech_id"] for s in round_speeches(SPEECHES, online, seed, n)) for seed in (0, 1) for n in (0, 1)
-    ]
-    assert all(one != other for one, other in combinations(draws, 2))
 
 
 class FakePool:
@@ -100,6 +26,7 @@ class FakePool:
         self.prompts: list[Any] = []
         self.policies: list[str] = []
         self.scored: list[str] = []
+        self.items: list[Any] = []
 
     def sample(self, policy: str, prompts: Any, seeds: Any, sampling: Any, reporter: Any) -> list[Completion]:
         self.policies.append(policy)
@@ -117,6 +44,7 @@ class FakePool:
 
     def rate(self, model: str, judge: Any, items: Any, seeds: Any, reporter: Any) -> list[Rating | None]:
         assert model == "scorer"
+        self.items = list(items)
         self.scored = [text for _, text, _ in items]
         assert set(seeds) <= set(self.seeds)
         found = [self.scores[self._place(text)] for text in self.scored]
@@ -127,8 +55,20 @@ class FakePool:
 
 
 def _rollout(pool: FakePool, **online: Any) -> Rollout:
-    config = Config(seed=3, online=OnlineConfig(samples_per_speech=4, **online))
-    return Rollout(pool, config, JudgeConfig(), "scorer")  # type: ignore[arg-type]
+    config = Config(seed=3, judge=JudgeConfig(), online=OnlineConfig(samples_per_speech=4, **online))
+    engines: Any = Engines(
+        pool,  # type: ignore[arg-type]
+        pool if config.online.rewarded else None,  # type: ignore[arg-type]
+        pool if config.online.judged else None,  # type: ignore[arg-type]
+        "scorer",
+        "scorer",
+    )
+    return Rollout(engines, config)
+
+
+def _round(rollout: Rollout, number: int = 0) -> tuple[list[Any], dict[str, Any]]:
+    found: Sampled = rollout("policy", number, SPEECHES[:2])
+    return found.pairs, found.report
 
 
 TEXTS = ["one a", " one b ", "one c", "one d", "two a", "two b", "two c", "two d"]
@@ -136,17 +76,22 @@ TEXTS = ["one a", " one b ", "one c", "one d", "two a", "two b", "two c", "two d
 
 def test_best_and_worst_of_each_speech_are_paired() -> None:
     pool = FakePool(TEXTS, [1.0, 4.0, 2.0, 3.0, 2.0, 2.5, 5.0, 2.0])
-    pairs, report = _rollout(pool)("policy", 0, SPEECHES[:2])
+    pairs, report = _round(_rollout(pool), 0)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one b", "one a"), ("two c", "two d")]
     assert [json.loads(pair["messages"])[-1]["content"] for pair in pairs] == ["Question 0?", "Question 1?"]
     assert len({pair["id"] for pair in pairs}) == 2
     assert pool.policies == ["policy"]
+    assert report.pop("seconds").keys() == {"sampling", "scoring"}
     assert report == {
         "round": 0,
         "samples": 8,
         "pairs": 2,
         "failed": 0,
         "mean_score": pytest.approx(21.5 / 8),
+        "best_score": pytest.approx(4.5),
+        "spread": pytest.approx((1.25**0.5 + 1.546875**0.5) / 2),
+        "ties": 0.0,
+        "floor_hits": 0,
         "mean_chars": pytest.approx(5.0),
         "sampled_tokens": 56,
     }
@@ -154,7 +99,7 @@ def test_best_and_worst_of_each_speech_are_paired() -> None:
 
 def test_scores_are_never_compared_across_speeches() -> None:
     """A speech whose samples all tie gives no pair, though another's are better and worse."""
-    pairs, _ = _rollout(FakePool(TEXTS, [3.0, 3.0, 3.0, 3.0, 5.0, 1.0, 3.0, 3.0]))("policy", 0, SPEECHES[:2])
+    pairs, _ = _round(_rollout(FakePool(TEXTS, [3.0, 3.0, 3.0, 3.0, 5.0, 1.0, 3.0, 3.0])), 0)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("two a", "two b")]
 
 
@@ -162,7 +107,7 @@ def test_scores_are_never_compared_across_speeches() -> None:
 def test_a_missing_score_leaves_its_sample_out(scorer: str) -> None:
     """Never a default: the best and the worst of the others are paired, and the failure is counted."""
     pool = FakePool(TEXTS, [None, 4.0, 2.0, 3.0, 2.0, 4.0, None, 1.0])
-    pairs, report = _rollout(pool, scorer=scorer)("policy", 0, SPEECHES[:2])
+    pairs, report = _round(_rollout(pool, scorer=scorer), 0)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one b", "one c"), ("two b", "two d")]
     assert report["failed"] == 2
     assert report["mean_score"] == pytest.approx(16 / 6)
@@ -174,15 +119,24 @@ def test_an_empty_text_is_not_scored_and_shifts_nothing(scorer: str) -> None:
     texts = ["", "one b", "  ", "one d", "two a", "ERROR", "two c", "two d"]
     pool = FakePool(texts, [5.0, 1.0, 5.0, 4.0, 2.0, 5.0, 5.0, 3.0])
     pool.texts[5] = "ERROR"
-    pairs, report = _rollout(pool, scorer=scorer)("policy", 0, SPEECHES[:2])
+    pairs, report = _round(_rollout(pool, scorer=scorer), 0)
     assert pool.scored == ["one b", "one d", "two a", "two c", "two d"]
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one d", "one b"), ("two c", "two a")]
     assert report["failed"] == 3
     assert report["samples"] == 8
 
 
+def test_the_judge_sees_each_response_with_its_own_speech() -> None:
+    pool = FakePool(TEXTS, [1.0] * 8)
+    speeches = [SPEECHES[0], SPEECHES[1] | {"history": "[]"}]
+    _rollout(pool, scorer="judge")("policy", 0, speeches)
+    assert [(question, history) for question, _, history in pool.items] == [("Question 0?", None)] * 4 + [
+        ("Question 1?", "[]")
+    ] * 4
+
+
 def test_nothing_scored_is_no_pair_and_no_crash() -> None:
-    pairs, report = _rollout(FakePool(TEXTS, [None] * 8))("policy", 0, SPEECHES[:2])
+    pairs, report = _round(_rollout(FakePool(TEXTS, [None] * 8)), 0)
     assert pairs == []
     assert (report["failed"], report["mean_score"]) == (8, 0.0)
 
@@ -192,7 +146,7 @@ def test_every_sample_has_a_seed_of_its_own() -> None:
     asked = []
     for number in (0, 1, 0):
         pool = FakePool(TEXTS, [1.0] * 8)
-        _rollout(pool)("policy", number, SPEECHES[:2])
+        _round(_rollout(pool), number)
         asked.append(pool.seeds)
     assert asked[0] == asked[2]
     assert len(set(asked[0]) | set(asked[1])) == 16
@@ -200,5 +154,37 @@ def test_every_sample_has_a_seed_of_its_own() -> None:
 
 def test_min_gap_and_the_limit_are_respected() -> None:
     scores: list[float | None] = [5.0, 4.0, 3.5, 1.0, 3.0, 2.9, 2.8, 2.7]
-    pairs, _ = _rollout(FakePool(TEXTS, scores), min_gap=0.5, max_pairs_per_speech=2)("policy", 0, SPEECHES[:2])
+    pairs, _ = _round(_rollout(FakePool(TEXTS, scores), min_gap=0.5, max_pairs_per_speech=2), 0)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one a", "one d"), ("one b", "one c")]
+
+
+def test_a_mixture_is_the_weighted_sum_and_needs_both_parts() -> None:
+    pool = FakePool(TEXTS, [1.0, 4.0, 2.0, 3.0, 2.0, 4.0, None, 1.0])
+    found = _rollout(pool, scorer="mixture", reward_weight=2.0, judge_weight=0.5)("policy", 0, SPEECHES[:2])
+    assert [row["score"] for row in found.samples] == [2.5, 10.0, 5.0, 7.5, 5.0, 10.0, None, 2.5]
+    assert [row["reward"] for row in found.samples[:2]] == [row["overall"] for row in found.samples[:2]] == [1.0, 4.0]
+
+
+def test_the_longer_of_two_as_good_is_rejected_under_a_length_penalty() -> None:
+    """And what is reported is the score, not what pairs are made by."""
+    texts = ["short", "long " * 40, "one", "two", "two a", "two b", "two c", "two d"]
+    scores: list[float | None] = [4.0, 4.5, 3.9, 3.9, 1.0, 1.0, 1.0, 1.0]
+    pairs, report = _round(_rollout(FakePool(texts, scores), length_penalty=1.0, length_free_chars=20))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("short", ("long " * 40).strip())]
+    assert report["mean_score"] == pytest.approx(sum(filter(None, scores)) / 8)
+    assert report["ties"] == 0.5
+
+
+def test_the_judges_safety_keeps_a_response_from_being_chosen() -> None:
+    pool = FakePool(TEXTS, [1.0, 2.0, 2.0, 2.0, 5.0, 4.0, 3.0, 3.0])  # every principle is rated alike
+    pairs, report = _round(_rollout(pool, scorer="judge", safety_floor=3))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("two a", "two d")]
+    assert report["floor_hits"] == 4
+
+
+def test_dev_speeches_have_the_same_seeds_every_time() -> None:
+    pool = FakePool(["one a", "two a"], [1.0, 4.0])
+    rollout = _rollout(pool)
+    first, seeds = rollout.dev_score("policy", SPEECHES[:2]), list(pool.seeds)
+    assert first == rollout.dev_score("later", SPEECHES[:2]) == 2.5
+    assert pool.seeds == seeds and len(set(seeds)) == 2

@@ -1,0 +1,137 @@
+"""A round's samples: drawn from the policy, scored, paired; runs inside rank 0 and drives the engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from psycho.config import Config
+from psycho.inference.requests import prompt
+from psycho.progress import Reporter
+from psycho.schema import stable_id, stable_seed
+from psycho.training.online.clock import Clock
+from psycho.training.online.engines import Engines
+from psycho.training.online.pairing import speech_pairs, value
+from psycho.training.online.watch import figures
+
+Row = dict[str, Any]
+Speech = Mapping[str, str]
+
+SAMPLE = pa.schema(
+    [
+        ("speech_id", pa.string()),
+        ("sample", pa.int32()),
+        ("response", pa.string()),
+        ("output_tokens", pa.int32()),
+        ("reward", pa.float64()),  # the reward model's logit; null where it is not asked or could not say
+        ("overall", pa.float64()),  # the judge's; likewise
+        ("safety", pa.int32()),
+        ("score", pa.float64()),  # of the scorer asked for; null where a part of it is missing
+        ("value", pa.float64()),  # the score less the length penalty: what pairs are made by
+    ]
+)
+
+
+@dataclass
+class Sampled:
+    """One round sampled, scored and paired; `pairs` have `id`, `messages` (JSON), `chosen`, `rejected`."""
+
+    samples: list[Row] = field(default_factory=list)
+    pairs: list[Row] = field(default_factory=list)
+    report: Row = field(default_factory=dict)
+
+
+@dataclass
+class Rollout:
+    """Samples and scores speeches with the engines."""
+
+    engines: Engines
+    config: Config
+    reporter: Reporter | None = None
+
+    def __call__(self, policy: str, number: int, speeches: Sequence[Speech], clock: Clock | None = None) -> Sampled:
+        """A round's samples and pairs, and what to report of them; `clock` is told the time of each phase."""
+        online, seed = self.config.online, self.config.seed
+        k = online.samples_per_speech
+        clock = clock or Clock()
+        seeds = [stable_seed("online", seed, number, s["speech_id"], n) for s in speeches for n in range(k)]
+        samples = self.draw(policy, speeches, k, seeds, clock)
+        pairs: list[Row] = []
+        ties = 0
+        for index, speech in enumerate(speeches):
+            own = samples[index * k : (index + 1) * k]
+            texts, values = [row["response"] for row in own], [row["value"] for row in own]
+            found = speech_pairs(texts, values, [row["safety"] for row in own], online, seed)
+            ties += len({v for v in values if v is not None}) == 1
+            for chosen, rejected in found:
+                pairs.append(
+                    {
+                        "id": stable_id("online", number, speech["speech_id"], len(pairs)),
+                        "messages": self._messages(speech),
+                        "chosen": texts[chosen],
+                        "rejected": texts[rejected],
+                    }
+                )
+        report = {"round": number} | figures(samples, online) | {"pairs": len(pairs), "ties": ties / len(speeches)}
+        return Sampled(samples, pairs, report | {"seconds": {p: clock.seconds()[p] for p in ("sampling", "scoring")}})
+
+    def dev_score(self, policy: str, speeches: Sequence[Speech]) -> float | None:
+        """Mean value of one response to each speech, with the same seeds every time."""
+        seeds = [stable_seed("dev", self.config.seed, speech["speech_id"]) for speech in speeches]
+        known = [row["value"] for row in self.draw(policy, speeches, 1, seeds, Clock()) if row["value"] is not None]
+        return sum(known) / len(known) if known else None
+
+    def draw(self, policy: str, speeches: Sequence[Speech], k: int, seeds: Sequence[int], clock: Clock) -> list[Row]:
+        """`k` samples of each speech with their scores (rows of `SAMPLE`), speech by speech."""
+        asked = [(speech, sample) for speech in speeches for sample in range(k)]
+        prompts = [prompt(speech, self.config.generation.system_prompt) for speech, _ in asked]
+        with clock("sampling"):
+            answers = self.engines.rollout.sample(policy, prompts, seeds, self.config.online.sampling, self.reporter)
+        rows: list[Row] = [
+            {"speech_id": speech["speech_id"], "sample": sample, "response": answer.text.strip()}
+            | {"output_tokens": answer.output_tokens, "reward": None, "overall": None, "safety": None}
+            for (speech, sample), answer in zip(asked, answers, strict=True)
+        ]
+        places = [place for place, row in enumerate(rows) if row["response"]]
+        with clock("scoring"):
+            self._reward(rows, places, prompts)
+            self._judge(rows, places, [speech for speech, _ in asked], seeds)
+        for row in rows:
+            row["score"] = self._score(row)
+            row["value"] = value(row["score"], row["response"], self.config.online)
+        return rows
+
+    def _reward(self, rows: list[Row], places: Sequence[int], prompts: Sequence[list[dict[str, str]]]) -> None:
+        engines = self.engines
+        if engines.reward is None:
+            return
+        whole = [[*prompts[place], {"role": "assistant", "content": rows[place]["response"]}] for place in places]
+        found = engines.reward.reward(engines.reward_model, whole, self.reporter)
+        for place, reward in zip(places, found, strict=True):
+            rows[place]["reward"] = reward
+
+    def _judge(self, rows: list[Row], places: Sequence[int], speeches: Sequence[Speech], seeds: Sequence[int]) -> None:
+        engines = self.engines
+        if engines.judge is None:
+            return
+        items = [(speeches[p]["question"], rows[p]["response"], speeches[p].get("history")) for p in places]
+        own = [seeds[place] for place in places]
+        found = engines.judge.rate(engines.judge_model, self.config.judge, items, own, self.reporter)
+        for place, rating in zip(places, found, strict=True):
+            if rating is not None:
+                rows[place] |= {"overall": rating.overall, "safety": rating.ratings["safety"]}
+
+    def _score(self, row: Row) -> float | None:
+        online, reward, overall = self.config.online, row["reward"], row["overall"]
+        if online.scorer == "mixture":
+            if reward is None or overall is None:
+                return None
+            return online.reward_weight * reward + online.judge_weight * overall
+        return overall if online.judged else reward
+
+    def _messages(self, speech: Speech) -> str:
+        return json.dumps(prompt(speech, self.config.generation.system_prompt), ensure_ascii=False)

@@ -1,0 +1,248 @@
+"""The loop of online DPO: one rank of it; rank 0 also drives the engines.
+
+A round: samples (from disk, from the thread that drew them while the last round trained, or drawn now), training, the
+new weights into the engines, the proof that they are there. With `online.staleness` 1 the samples of round r are drawn
+by the policy that round r - 1 started from. The reference is the policy in training where a round starts, or fixed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from psycho import storage
+from psycho.config import Config, TrainingConfig
+from psycho.errors import StageFailed
+from psycho.inference.requests import prompt
+from psycho.schema import stable_seed
+from psycho.training.launch import read_rows
+from psycho.training.loop import Trainer, setup_worker, write_history
+from psycho.training.online import proof, watch
+from psycho.training.online.clock import Clock
+from psycho.training.online.pairing import round_speeches
+from psycho.training.online.reference import FixedReference
+from psycho.training.online.rollout import Rollout, Sampled, Speech
+from psycho.training.online.state import RoundStore, load_optimizer, save_optimizer
+
+T = TypeVar("T")
+Row = dict[str, Any]
+_EXACT, _ROUNDED = 1e-4, 0.5  # nats of a token; the second where trainer or engine computes in 16 bits
+
+
+@dataclass(frozen=True)
+class OnlineJob:
+    """What every rank is given. `work` holds the rounds, `output` is the finished model; both are shared folders."""
+
+    config: Config
+    training: TrainingConfig
+    policy: str
+    work: str
+    output: str
+    speeches: Sequence[Speech]
+    dev: Sequence[Speech]
+    rollout: Rollout
+
+
+def online_worker(config: dict[str, Any]) -> None:
+    """One rank; `config["job"]` is an `OnlineJob`."""
+    job: OnlineJob = config["job"]
+    setup_worker(job.training)
+    rounds = Rounds(job)
+    rounds.run()
+    rounds.trainer.close()
+
+
+class Rounds:
+    """All rounds of a job, from the last half that is on disk."""
+
+    def __init__(self, job: OnlineJob) -> None:
+        self.job, self.online, self.seed = job, job.config.online, job.config.seed
+        self.store, self.clock = RoundStore(job.work), Clock()
+        self.done = on_first("going on", self._resume)
+        with self.clock("start"):
+            policy = self.store.policy(self.done, job.policy)
+            self.trainer = Trainer("dpo", policy, self.online, job.training, self.seed)
+            if self.done and self.store.training(self.done)["world"] == self.trainer.world:
+                load_optimizer(self.trainer.engine, policy)
+            self.fixed = self._fixed_reference()
+        tokenizer = copy.deepcopy(self.trainer.tokenizer)  # one that the thread of samples has for itself
+        system = job.config.generation.system_prompt
+        speeches = [*job.speeches, *job.dev]
+        self.probes = proof.probes(speeches, system, tokenizer, self.online.probes, job.training.max_length)
+        self.tokenizer = tokenizer
+        self.threads = ThreadPoolExecutor(1, thread_name_prefix="samples")
+        self.ahead: Future[None] | None = None
+
+    def run(self) -> None:
+        """Train the rounds that are left and write the model."""
+        with self.clock("start"):
+            policy = self.store.policy(self.done, self.job.policy)
+            on_first("starting the engines", lambda: self.job.rollout.engines.wait(policy))
+        facts = self._settle(self.done)
+        on_first("writing", lambda: self._note(facts))
+        for number in range(self.done, self.online.rounds):
+            if on_first("watching", partial(self._stops, number)):
+                break
+            self._round(number)
+        on_first("writing the model", self._publish)
+
+    def _round(self, number: int) -> None:
+        on_first(f"round {number}", lambda: self._sampled(number, self.clock))
+        if dist.get_rank() == 0 and self.online.staleness and number + 1 < self.online.rounds:
+            self.ahead = self.threads.submit(self._sampled, number + 1, Clock())
+        with self.clock("training"):
+            report = self._train(number)
+        self._save(number + 1, report)
+        if self.online.staleness:
+            with self.clock("waiting"):
+                on_first(f"round {number + 1}", self._join)
+        facts = self._settle(number + 1)
+        on_first("writing", lambda: self._finish(number + 1, facts))
+        self.clock = Clock()
+
+    def _note(self, facts: Row) -> None:
+        """What was found at the start, where an earlier try did not come to note it."""
+        if not self.store.after(self.done):
+            self.store.keep_after(self.done, facts)
+
+    def _resume(self) -> int:
+        self.store.tidy()
+        return self.store.trained()
+
+    def _fixed_reference(self) -> FixedReference | None:
+        if self.online.reference != "fixed" or not self.trainer.objective.needs_reference:
+            return None
+        return FixedReference(self.trainer, self.job.policy, storage.join(self.job.work, "references"))
+
+    def _sampled(self, number: int, clock: Clock) -> None:
+        """The first half of a round, unless it is on disk; rank 0 alone."""
+        if self.store.has_sampled(number):
+            return
+        index = max(0, number - self.online.staleness)
+        policy = self.store.policy(index, self.job.policy)
+        chosen = round_speeches(self.job.speeches, self.online, self.seed, number)
+        sampled = self.job.rollout(policy, number, chosen, clock)
+        if not sampled.pairs:
+            raise StageFailed(f"round {number} made no pair; lower online.min_gap")
+        with clock("watch"):
+            sampled.report |= {"policy": index} | self._divergence(policy, chosen, sampled)
+        self.store.keep_sampled(number, sampled)
+
+    def _divergence(self, policy: str, speeches: Sequence[Speech], sampled: Sampled) -> dict[str, float]:
+        """By the first sample of each of the first speeches, as many as asked for."""
+        count, system = self.online.kl_samples, self.job.config.generation.system_prompt
+        first = sampled.samples[:: self.online.samples_per_speech]
+        rows = list(zip(speeches, first, strict=True))[:count]
+        texts = [(prompt(speech, system), row["response"]) for speech, row in rows if row["response"]]
+        pool = self.job.rollout.engines.rollout
+        return watch.divergence(pool, self.tokenizer, policy, self.job.policy, texts) if texts else {}
+
+    def _train(self, number: int) -> Row:
+        """Train on a round's pairs; the report of it."""
+        trainer, job = self.trainer, self.job
+        groups, too_long = trainer.groups(read_rows(self.store.pairs(number)))
+        if not groups:
+            raise StageFailed(f"every pair of round {number} is over training.max_length; raise it")
+        if self.fixed:
+            self.fixed.store(groups)
+
+        def on_step(rows: int, tokens: int, statistics: dict[str, float]) -> None:
+            if job.rollout.reporter and trainer.rank == 0:
+                job.rollout.reporter.add(rows, tokens, f"round {number + 1} loss {statistics['loss']:.3f}")
+
+        torch.manual_seed(stable_seed("round", self.seed, number, trainer.rank))  # the same whenever it starts
+        references = self.fixed.folder if self.fixed else None
+        steps = storage.join(job.work, "steps")
+        history = trainer.fit(groups, self.seed + number, on_step, references=references, checkpoints=steps)
+        return {"too_long": len(too_long), "history": [row | {"round": number} for row in history]}
+
+    def _save(self, index: int, report: Row) -> None:
+        """The second half of a round; collective."""
+        folder = Path(on_first("writing", lambda: str(self.store.aside())))
+        with self.clock("sync"):
+            self.trainer.save(str(folder / "policy"))
+        with self.clock("checkpoint"):
+            save_optimizer(self.trainer.engine, folder)
+            dist.barrier()
+            report |= {"world": self.trainer.world}
+            on_first("writing", lambda: self.store.keep_trained(index, folder, report))
+
+    def _join(self) -> None:
+        if self.ahead:
+            self.ahead.result(timeout=self.online.round_timeout_s)
+        self.ahead = None
+
+    def _settle(self, index: int) -> Row:
+        """The engines hold the policy after `index` rounds, which is proven, and its dev score; collective."""
+        policy = self.store.policy(index, self.job.policy)
+        with self.clock("sync"):
+            said = proof.trainer_logprobs(self.trainer, self.probes)
+            error = on_first(f"weights after {index} rounds", lambda: self._prove(policy, said))
+        with self.clock("watch"):
+            score = on_first("dev score", lambda: self._dev_score(index, policy))
+        return {"sync_error": error, "dev_score": score}
+
+    def _prove(self, policy: str, said: Sequence[Sequence[float]]) -> float:
+        exact = (self.job.training.precision, self.job.config.inference.engine.dtype) == ("fp32", "float32")
+        tolerance = self.online.sync_tolerance or (_EXACT if exact else _ROUNDED)
+        rollout = self.job.rollout.engines.rollout
+        return proof.check(said, rollout.read_by_each(policy, [row.ids for row in self.probes]), tolerance)
+
+    def _dev_score(self, index: int, policy: str) -> float | None:
+        known = self.store.after(index).get("dev_score")
+        return known if known is not None or not self.job.dev else self.job.rollout.dev_score(policy, self.job.dev)
+
+    def _stops(self, done: int) -> bool:
+        return watch.stops(self._dev_scores(done), done, self.online.patience)
+
+    def _dev_scores(self, done: int) -> dict[int, float | None]:
+        return {index: self.store.after(index).get("dev_score") for index in range(done + 1)}
+
+    def _finish(self, index: int, facts: Row) -> None:
+        """Note what was found after a round, and let go of the policies that nobody will ask for."""
+        self.store.keep_after(index, facts | {"seconds": self.clock.whole()})
+        best = watch.best(self._dev_scores(index), index)
+        self.store.forget({index, index - self.online.staleness, best})
+
+    def _publish(self) -> None:
+        trained = self.store.trained()
+        chosen = watch.best(self._dev_scores(trained), trained)
+        reports = self.store.rounds()
+        reports[chosen - 1]["chosen"] = True
+        aside = f"{self.job.output}.unfinished"
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(self.store.policy(chosen, self.job.policy), aside)
+        write_history(aside, [row for index in range(trained) for row in self.store.training(index + 1)["history"]])
+        Path(aside, "rounds.json").write_text(json.dumps(reports), encoding="utf-8")
+        os.replace(aside, self.job.output)
+
+
+def on_first(what: str, call: Callable[[], T]) -> T:
+    """What rank 0 says, on all ranks; they wait for it, and hear of it where it fails.
+
+    Raises:
+        StageFailed: the call raised on rank 0.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = call()
+        except StageFailed as error:
+            outcome[1] = str(error)
+        except Exception as error:  # every rank must hear of it, or the others would wait for ever
+            outcome[1] = f"{what}: {type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1]:
+        raise StageFailed(outcome[1])
+    return outcome[0]

@@ -1,0 +1,64 @@
+"""Online DPO on tiny random models, in a process that a test may kill.
+
+`python online_driver.py ROOT POLICY REWARD`: four rounds below ROOT. The process ids of its workers are in
+ROOT/pids.json once they are there; the ranks of the training are children named `ray::RayTrainWorker`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import ray
+
+from psycho.config import Config
+from psycho.errors import StageFailed
+from psycho.training.launch import launch
+from psycho.training.online.engines import engines
+from psycho.training.online.rollout import Rollout
+from psycho.training.online.rounds import OnlineJob, online_worker
+
+ROUNDS, SPEECHES, SAMPLES = 4, 12, 4
+
+
+def settings() -> Config:
+    """Small, on the CPU."""
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    engine = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True}
+    inference = {"workers": 1, "cpus_per_worker": 0.5, "gpus_per_worker": 0, "engine": engine, "env": env}
+    training = {"workers": 2, "cpus_per_worker": 0.5, "gpus_per_worker": 0, "device": "cpu", "precision": "fp32"}
+    training |= {"threads_per_worker": 1, "max_length": 512, "bin_tokens": 2048, "collective_timeout_s": 300}
+    online = {"rounds": ROUNDS, "speeches_per_round": SPEECHES, "samples_per_speech": SAMPLES, "batch_size": 4}
+    online |= {"lr": 1e-3, "probes": 2, "kl_samples": 2, "sampling": {"temperature": 1.0, "max_tokens": 48}}
+    return Config.model_validate({"inference": inference, "training": training, "online": online})
+
+
+def main() -> None:
+    """Go on with the rounds that are there, and exit 1 where a part of it was killed."""
+    root, policy, reward = Path(sys.argv[1]), *sys.argv[2:4]
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    config = settings()
+    speeches = [{"speech_id": f"s{n}", "question": f"I have not slept for {n} nights. Why?"} for n in range(SPEECHES)]
+    with engines(config, policy, reward) as workers:
+        workers.start(policy)
+        pools = {"rollout": workers.rollout, "reward": workers.reward}
+        pids = {
+            name: ray.get(pool._actors[0].__ray_call__.remote(lambda _: os.getpid()))
+            for name, pool in pools.items()
+            if pool
+        }
+        (root / "pids.json").write_text(json.dumps(pids))
+        job = OnlineJob(
+            config, config.training, policy, str(root / "rounds"), str(root / "online"), speeches, [],
+            Rollout(workers, config),
+        )  # fmt: skip
+        try:
+            launch(online_worker, {"job": job}, config.training, str(root / "ray"))
+        except StageFailed as error:
+            sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()

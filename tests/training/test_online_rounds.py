@@ -1,0 +1,367 @@
+"""The loop of rounds on one rank: a real trainer, and engines that read with transformers and answer from a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from psycho.config import Config, LoRAConfig, OnlineConfig, TrainingConfig
+from psycho.errors import StageFailed
+from psycho.inference.worker import Completion
+from psycho.training.launch import read_history
+from psycho.training.loop import Trainer, setup_worker
+from psycho.training.online.engines import Engines
+from psycho.training.online.rollout import Rollout
+from psycho.training.online.rounds import OnlineJob, Rounds
+from psycho.training.online.state import RoundStore
+
+TRAINING = TrainingConfig(
+    workers=1,
+    cpus_per_worker=0.5,
+    gpus_per_worker=0,
+    device="cpu",
+    precision="fp32",
+    zero_stage=0,
+    threads_per_worker=1,
+    max_length=256,
+    bin_tokens=2048,
+)
+SPEECHES = [{"speech_id": f"s{n}", "question": f"I cannot sleep since {n} days. What is it?"} for n in range(6)]
+WORDS = ("That sounds hard.", "You carry a lot.", "What helps you?", "Cheer up.", "I hear you.", "Tell me more.")
+
+
+class Lost(Exception):
+    """What a test raises where it interrupts the job."""
+
+
+class Pool:
+    """Answers by seed, scores by the text, reads with transformers; `break_at` is called with the name of each call."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.break_at: Callable[[str], None] = lambda name: None
+
+    def _note(self, name: str, model: str) -> None:
+        self.asked.append((name, Path(model).parent.name if Path(model).name == "policy" else "first"))
+        self.break_at(name)
+
+    def use(self, model: str, runner: str = "generate") -> None:
+        self._note("use", model)
+
+    def sample(self, model: str, prompts: Any, seeds: Sequence[int], sampling: Any, reporter: Any) -> list[Completion]:
+        self._note("sample", model)
+        texts = [" ".join(WORDS[seed // 6**turn % 6] for turn in range(2 + seed % 3)) for seed in seeds]
+        return [Completion(text=text, output_tokens=8) for text in texts]
+
+    def reward(self, model: str, conversations: Any, reporter: Any) -> list[float | None]:
+        self._note("reward", model)
+        texts = [talk[-1]["content"] for talk in conversations]
+        return [text.count("hear") + text.count("What") - text.count("Cheer") + len(text) / 1000 for text in texts]
+
+    def read(self, model: str, rows: Sequence[list[int]]) -> list[list[float]]:
+        self._note("read", model)
+        policy = AutoModelForCausalLM.from_pretrained(model).eval()
+        with torch.no_grad():
+            logits = [policy(torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
+        return [
+            found[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0].tolist()
+            for found, row in zip(logits, rows, strict=True)
+        ]
+
+    def read_by_each(self, model: str, rows: Sequence[list[int]]) -> list[list[list[float]]]:
+        return [self.read(model, rows)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("store") / "store"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LOCAL_RANK", "0")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    setup_worker(TRAINING)
+    yield
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+    patch.undo()
+
+
+class Tried:
+    """One job below a folder, which may be tried again."""
+
+    def __init__(self, root: Path, policy: str, dev: int = 0, training: TrainingConfig = TRAINING, **online: Any):
+        settings = {"rounds": 2, "speeches_per_round": 4, "samples_per_speech": 4, "lr": 1e-3, "batch_size": 2}
+        self.root, self.policy, self.dev = root, policy, dev
+        share = 0.5 if dev else 0.0
+        engine = {"dtype": "float32"}
+        config = {
+            "seed": 5,
+            "inference": {"engine": engine},
+            "online": OnlineConfig(**(settings | {"probes": 2} | online)),
+            "training": training,
+        }
+        self.config = Config.model_validate(config | {"pairs": {"dev_share": share}})
+        self.pool = Pool()
+        self.history: list[dict[str, float]] = []
+
+    def __call__(self) -> Rounds:
+        engines: Any = Engines(self.pool, self.pool, None, "reward")  # type: ignore[arg-type]
+        rollout = Rollout(engines, self.config)
+        work, output = str(self.root / "rounds"), str(self.root / "online")
+        train, dev = SPEECHES[self.dev :], SPEECHES[: self.dev]
+        rounds = Rounds(OnlineJob(self.config, self.config.training, self.policy, work, output, train, dev, rollout))
+        try:
+            rounds.run()
+        finally:
+            rounds.threads.shutdown()
+            rounds.trainer.close()
+        return rounds
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        return list(json.loads((self.root / "online" / "rounds.json").read_text()))
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.root / "online" / "model.safetensors")
+
+    @property
+    def losses(self) -> list[list[float]]:
+        rows = read_history(str(self.root / "online"))
+        return [[row["loss"] for row in rows if row["round"] == number] for number in range(self.config.online.rounds)]
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Tried:
+    """Two rounds without an interruption."""
+    tried = Tried(tmp_path_factory.mktemp("whole"), tiny_llama(0))
+    tried()
+    return tried
+
+
+def test_rounds_are_reported_whole(whole: Tried) -> None:
+    assert [report["round"] for report in whole.reports] == [0, 1]
+    for report in whole.reports:
+        assert (report["samples"], report["failed"], report["policy"]) == (16, 0, report["round"])
+        assert 0 < report["pairs"] <= 4 and 0 <= report["sync_error"] <= 1e-4
+        assert report["mean_score"] <= report["best_score"] and report["spread"] > 0 and report["logprob"] < 0
+        seconds = report["seconds"]
+        parts = ("sampling", "scoring", "training", "sync", "checkpoint", "watch", "waiting")
+        assert all(seconds[part] >= 0 for part in parts)
+        assert sum(v for k, v in seconds.items() if k != "wall") == pytest.approx(seconds["wall"], abs=0.02)
+    assert "start" in whole.reports[0]["seconds"] and "start" not in whole.reports[1]["seconds"]
+    assert whole.reports[0]["kl"] == 0.0 and whole.reports[1]["kl"] != 0.0
+    assert [report.get("chosen") for report in whole.reports] == [None, True]
+
+
+def test_a_round_starts_where_the_policy_is_its_own_reference(whole: Tried) -> None:
+    assert [losses[0] for losses in whole.losses] == [pytest.approx(math.log(2), abs=1e-5)] * 2
+    assert all(losses[-1] != losses[0] for losses in whole.losses)
+
+
+def test_a_fixed_reference_is_that_of_the_first_round(whole: Tried, tmp_path: Path) -> None:
+    tried = Tried(tmp_path, whole.policy, reference="fixed")
+    tried()
+    assert tried.losses[0] == pytest.approx(whole.losses[0], abs=1e-6)  # where both are the same
+    assert abs(tried.losses[1][0] - math.log(2)) > 1e-3
+
+
+def test_the_next_round_is_sampled_by_the_policy_before_where_it_may_be_stale(whole: Tried, tmp_path: Path) -> None:
+    tried = Tried(tmp_path, whole.policy, staleness=1, rounds=3, kl_samples=0)
+    tried()
+    assert [model for name, model in tried.pool.asked if name == "sample"] == ["first", "first", "trained-1"]
+    assert [report["policy"] for report in tried.reports] == [0, 0, 1]
+    fresh = Tried(tmp_path / "fresh", whole.policy, rounds=3, kl_samples=0)
+    fresh()
+    assert [model for name, model in fresh.pool.asked if name == "sample"] == ["first", "trained-1", "trained-2"]
+
+
+# Interrupted
+
+
+def _break_call(tried: Tried, name: str, turn: int) -> None:
+    """The turn-th call of that name fails."""
+    seen = [0]
+
+    def fail(called: str) -> None:
+        seen[0] += called == name
+        if called == name and seen[0] == turn:
+            raise Lost
+
+    tried.pool.break_at = fail
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize(
+    ("call", "turn"),
+    [("use", 1), ("read", 1), ("sample", 1), ("reward", 1), ("read", 3), ("sample", 2), ("reward", 2), ("read", 5)],
+)
+def test_a_rerun_goes_on_from_the_last_half(
+    whole: Tried, tmp_path: Path, call: str, turn: int, staleness: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever call of an engine fails: no half is done twice, and the result is that of an uninterrupted run."""
+    settings = {"staleness": staleness, "rounds": 2}
+    if staleness:
+        other = Tried(tmp_path / "whole", whole.policy, **settings)
+        other()
+    else:
+        other = whole
+    trained: list[list[str]] = []
+    fit = Trainer.fit
+
+    def noted(self: Any, groups: Any, *args: Any, **kwargs: Any) -> Any:
+        history = fit(self, groups, *args, **kwargs)
+        trained.append(sorted(str(group.prompt) for group in groups))
+        return history
+
+    monkeypatch.setattr(Trainer, "fit", noted)
+    tried = Tried(tmp_path / "broken", whole.policy, **settings)
+    _break_call(tried, call, turn)
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    tried.pool.break_at = lambda name: None
+    tried()
+    assert _same(tried.weights, other.weights)
+    assert tried.losses == other.losses
+    assert all(report["sync_error"] <= 1e-4 for report in tried.reports)
+    assert len(trained) == 2  # each round once
+    drawn = sum(name == "reward" for name, _ in tried.pool.asked)
+    assert drawn - 2 <= (call in ("reward", "read"))  # of the half that was interrupted alone
+
+
+def test_a_training_that_is_interrupted_starts_from_the_rounds_beginning(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = Tried(tmp_path, whole.policy)
+    fit, turn = Trainer.fit, [0]
+
+    def dies(self: Any, *args: Any, **kwargs: Any) -> Any:
+        history = fit(self, *args, **kwargs)
+        turn[0] += 1
+        if turn[0] == 2:
+            raise Lost
+        return history
+
+    monkeypatch.setattr(Trainer, "fit", dies)
+    with pytest.raises(Lost):
+        tried()
+    sampled = len(tried.pool.asked)
+    tried()
+    assert "sample" not in {name for name, _ in tried.pool.asked[sampled:]}
+    assert _same(tried.weights, whole.weights)
+
+
+def test_adapters_go_on_too(whole: Tried, tmp_path: Path) -> None:
+    """LoRA: the engines get merged weights, the trainer its adapters back."""
+    lora = TRAINING.model_copy(update={"lora": LoRAConfig(r=4, alpha=8)})
+    other = Tried(tmp_path / "whole", whole.policy, training=lora)
+    other()
+    tried = Tried(tmp_path / "broken", whole.policy, training=lora)
+    _break_call(tried, "sample", 2)
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    tried.pool.break_at = lambda name: None
+    tried()
+    assert _same(tried.weights, other.weights) and not _same(tried.weights, whole.weights)
+
+
+def test_half_a_half_is_nothing(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut while a half is written: what lies about is removed and written again."""
+    tried = Tried(tmp_path, whole.policy)
+    keep = RoundStore.keep_trained
+
+    def cut(self: Any, *args: Any) -> None:
+        raise Lost
+
+    monkeypatch.setattr(RoundStore, "keep_trained", cut)
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    assert list((tmp_path / "rounds").glob(".unfinished-*"))
+    monkeypatch.setattr(RoundStore, "keep_trained", keep)
+    tried()
+    assert not list((tmp_path / "rounds").glob(".unfinished-*"))
+    assert _same(tried.weights, whole.weights)
+
+
+def test_samples_of_every_round_are_on_disk_with_their_scores(whole: Tried) -> None:
+    for number in range(2):
+        rows = pq.read_table(whole.root / "rounds" / f"sampled-{number}" / "samples.parquet").to_pylist()
+        assert len({(row["speech_id"], row["sample"]) for row in rows}) == len(rows) == 16
+        assert all(row["value"] == row["score"] == row["reward"] for row in rows)
+
+
+# Proof
+
+
+@pytest.mark.parametrize("change", [0.02, float("nan")])
+def test_a_tensor_that_is_not_the_trainers_stops_the_round(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float
+) -> None:
+    tried = Tried(tmp_path, whole.policy)
+    save = Trainer.save
+
+    def corrupted(self: Any, folder: str) -> None:
+        save(self, folder)
+        file = Path(folder, "model.safetensors")
+        weights = load_file(file)
+        weights["model.layers.1.mlp.down_proj.weight"][3, 5] += change
+        save_file(weights, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(Trainer, "save", corrupted)
+    with pytest.raises(StageFailed, match="does not hold the trainer's weights"):
+        tried()
+
+
+# Dev score
+
+
+def _score_dev(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
+    left = iter(scores)
+    monkeypatch.setattr(Rollout, "dev_score", lambda self, policy, speeches: next(left))
+
+
+def test_the_policy_with_the_best_dev_score_is_kept(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _score_dev(monkeypatch, [0.5, 1.0, 3.0, 2.0])
+    tried = Tried(tmp_path, whole.policy, dev=2, rounds=3)
+    tried()
+    assert [report["dev_score"] for report in tried.reports] == [1.0, 3.0, 2.0]
+    assert [bool(report.get("chosen")) for report in tried.reports] == [False, True, False]
+    kept = tmp_path / "rounds" / "trained-2" / "policy" / "model.safetensors"
+    assert _same(tried.weights, load_file(kept))
+    assert not (tmp_path / "rounds" / "trained-1" / "policy").exists()
+
+
+def test_it_stops_when_the_dev_score_has_not_risen_for_so_long(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _score_dev(monkeypatch, [0.5, 1.0, 0.9, 0.8])
+    tried = Tried(tmp_path, whole.policy, dev=2, rounds=6, patience=2)
+    tried()
+    assert len(tried.reports) == 3 and tried.reports[0]["chosen"]
+
+
+def test_the_dev_score_is_the_mean_value_of_the_dev_speeches(whole: Tried, tmp_path: Path) -> None:
+    tried = Tried(tmp_path, whole.policy, dev=3, rounds=1)
+    tried()
+    score = tried.reports[0]["dev_score"]
+    assert (
+        score == json.loads((tmp_path / "rounds" / "after-0.json").read_text())["dev_score"]
+    )  # the seeds are the same
+    rows = pq.read_table(tmp_path / "rounds" / "sampled-0" / "samples.parquet").to_pylist()
+    assert not {row["speech_id"] for row in rows} & {speech["speech_id"] for speech in SPEECHES[:3]}

@@ -1,0 +1,136 @@
+"""What is watched over the rounds, when to stop, which policy to keep, and where the time goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from psycho.config import Config, OnlineConfig
+from psycho.errors import StageFailed
+from psycho.training.online import proof, watch
+from psycho.training.online.clock import Clock
+
+
+def _samples(*scores: float | None, safety: int | None = None) -> list[dict[str, Any]]:
+    """Two a speech."""
+    return [
+        {"speech_id": str(n // 2), "response": "x" * n, "score": score, "safety": safety, "output_tokens": n}
+        for n, score in enumerate(scores)
+    ]
+
+
+def test_figures_by_hand() -> None:
+    found = watch.figures(_samples(1.0, 3.0, None, 2.0), OnlineConfig())
+    assert (found["samples"], found["failed"], found["floor_hits"]) == (4, 1, 0)
+    assert found["mean_score"] == 2.0 and found["best_score"] == 2.5
+    assert found["spread"] == pytest.approx(0.5)  # 1 and 0
+    assert found["mean_chars"] == 1.5 and found["sampled_tokens"] == 6
+
+
+def test_no_score_at_all_is_no_crash() -> None:
+    found = watch.figures(_samples(None, None), OnlineConfig())
+    assert (found["failed"], found["mean_score"], found["best_score"], found["spread"]) == (2, 0.0, 0.0, 0.0)
+
+
+def test_floor_hits_are_counted() -> None:
+    online = OnlineConfig(scorer="judge", safety_floor=3)
+    assert watch.figures(_samples(1.0, 2.0, safety=2), online)["floor_hits"] == 2
+    assert watch.figures(_samples(1.0, 2.0, safety=3), online)["floor_hits"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dev", "trained", "kept"),
+    [
+        ({}, 3, 3),
+        ({0: None, 1: None, 2: None}, 2, 2),
+        ({0: 9.0, 1: 1.0, 2: 3.0, 3: 2.0}, 3, 2),  # the first policy is no result of the rounds
+        ({0: 0.0, 1: 2.0, 2: 2.0}, 2, 1),
+    ],
+)
+def test_the_policy_that_is_kept(dev: dict[int, float | None], trained: int, kept: int) -> None:
+    assert watch.best(dev, trained) == kept
+
+
+@pytest.mark.parametrize(
+    ("dev", "patience", "stops"),
+    [
+        ({0: 1.0, 1: 2.0, 2: 1.5}, None, False),
+        ({0: 1.0, 1: 2.0, 2: 1.5}, 2, False),
+        ({0: 1.0, 1: 2.0, 2: 1.5}, 1, True),
+        ({0: 3.0, 1: 2.0, 2: 1.5}, 2, True),
+        ({0: 1.0, 1: 2.0, 2: 2.5}, 1, False),
+        ({}, 1, False),
+    ],
+)
+def test_patience(dev: dict[int, float | None], patience: int | None, stops: bool) -> None:
+    assert watch.stops(dev, 2, patience) is stops
+
+
+class _Reader:
+    """Log-probabilities from a table, by model."""
+
+    def __init__(self, **values: float) -> None:
+        self.values = values
+
+    def read(self, model: str, rows: list[list[int]]) -> list[list[float] | None]:
+        return [None if len(row) > 40 else [self.values[model]] * (len(row) - 1) for row in rows]
+
+
+def test_divergence_is_of_the_response_alone(nano_tokenizer: Any) -> None:
+    texts = [
+        ([{"role": "user", "content": "I am tired."}], "I hear you."),
+        ([{"role": "user", "content": "No."}], "What?"),
+    ]
+    reader: Any = _Reader(now=-1.0, first=-1.5)
+    found = watch.divergence(reader, nano_tokenizer, "now", "first", texts)
+    lengths = [
+        len(nano_tokenizer.apply_chat_template([*p, {"role": "assistant", "content": r}], tokenize=True)["input_ids"])
+        - len(nano_tokenizer.apply_chat_template(p, tokenize=True, add_generation_prompt=True)["input_ids"])
+        for p, r in texts
+    ]
+    assert found["logprob"] == -1.0
+    assert found["kl"] == pytest.approx(0.5 * sum(lengths) / 2)
+    assert watch.divergence(reader, nano_tokenizer, "now", "now", texts)["kl"] == 0.0
+
+
+def test_a_text_that_no_engine_takes_is_left_out(nano_tokenizer: Any) -> None:
+    reader: Any = _Reader(now=-1.0)
+    texts = [([{"role": "user", "content": "I am tired. " * 30}], "I hear you.")]
+    assert watch.divergence(reader, nano_tokenizer, "now", "now", texts) == {}
+
+
+def test_the_proof_names_worker_text_and_tolerance() -> None:
+    said = [[-1.0, -2.0], [-3.0]]
+    assert proof.check(said, [[[-1.0, -2.0001], [-3.0]]], 1e-3) == pytest.approx(1e-4)
+    with pytest.raises(StageFailed, match=r"engine 1 .*probe 0 differs by 0.5 .*sync_tolerance 0.001"):
+        proof.check(said, [said, [[-1.0, -2.5], [-3.0]]], 1e-3)
+    with pytest.raises(StageFailed, match="differs by nan"):
+        proof.check(said, [[[-1.0, float("nan")], [-3.0]]], 1e-3)
+    with pytest.raises(StageFailed, match="another number of tokens"):
+        proof.check(said, [[[-1.0], [-3.0]]], 1e-3)
+
+
+def test_waiting_is_what_was_in_no_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("psycho.training.online.clock.time.perf_counter", lambda: now[0])
+    clock = Clock()
+    for phase, seconds in (("sampling", 2.0), ("training", 1.0), ("sampling", 3.0), ("waiting", 0.5)):
+        with clock(phase):
+            now[0] += seconds
+    now[0] += 1.0
+    assert clock.whole() == {"sampling": 5.0, "training": 1.0, "waiting": 1.5, "wall": 7.5}
+
+
+# Settings
+
+
+def test_a_safety_floor_needs_ratings() -> None:
+    with pytest.raises(ValueError, match=r"reward model does not give; set scorer to judge or mixture"):
+        OnlineConfig(scorer="reward", safety_floor=3)
+    assert OnlineConfig(scorer="mixture", safety_floor=3).judged
+
+
+def test_patience_needs_a_dev_share() -> None:
+    with pytest.raises(ValueError, match=r"pairs.dev_share is 0"):
+        Config.model_validate({"online": {"patience": 2}})
