@@ -76,11 +76,6 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def clean_text(text: str) -> str:
-    """`plain_text` on one line."""
-    return one_line(plain_text(text))
-
-
 def clean_batch(rows: Sequence[RawSpeech], config: SpeechesConfig, seed: int) -> Cleaned:
     """Clean each row; none is lost: it has a text that fits, or a reason."""
     counts: dict[str, Counter[str]] = {"personal_data": Counter(), "languages": Counter()}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycho.config import SpeechesConfig
-from psycho.speeches.clean import clean_batch, clean_text
+from psycho.speeches.clean import clean_batch, one_line, plain_text
 from psycho.speeches.read import RawSpeech
 
 SHORT = SpeechesConfig(source="some.csv", min_chars=3, max_chars=12, languages=(), near_duplicates="ignore")
@@ -39,14 +39,14 @@ def cleaned(*texts: Any, **settings: Any) -> list[dict[str, Any]]:
         ("\u0645\u06cc 🙂", "\u0645\u06cc 🙂"),
     ],
 )
-def test_clean_text(text, clean):
-    assert clean_text(text) == clean
+def test_plain_text_on_one_line(text, clean):
+    assert one_line(plain_text(text)) == clean
 
 
 @settings(deadline=None)
 @given(st.text())
-def test_clean_text_is_composed_printable_and_without_double_spaces(text):
-    clean = clean_text(text)
+def test_plain_text_is_composed_printable_and_without_double_spaces(text):
+    clean = one_line(plain_text(text))
     assert unicodedata.is_normalized("NFC", clean)
     assert clean.isprintable() and "  " not in clean and clean == clean.strip()
 
