@@ -78,7 +78,10 @@ def _read(job: Job, partial: str) -> StageResult:
         job.need_ray()
         return clean_on_ray(chain(begin, batches), config, seed)
 
-    return prepare_speeches(config, seed, partial, clean_all)
+    def resumed(rows: int) -> None:
+        job.progress.say(f"  prepare: {rows:,} rows were cleaned before")
+
+    return prepare_speeches(config, seed, partial, clean_all, resumed)
 
 
 def topic_model(config: Config) -> ModelConfig | None:
