@@ -4,9 +4,10 @@
 
 The same prompts, sampling and engine arguments go through (1) one bare engine that is fed from a plain loop,
 (2) `ray.data.llm`'s processor, (3) our stage on Ray Data with one worker. Each arm runs in a process of its own, one
-after the other, in rounds; ratios are of the same round, the line holds the median over rounds. Throughput is that of
-the middle of a run: output tokens of the answers that finished between the first and the last fifth of all tokens, by
-the time they finished. Time to the first row counts from a Ray that is up: imports, actors, the engine's start.
+after the other, in rounds, each round beginning with another arm; ratios are of the same round, the line holds the
+median over rounds. Throughput is that of the middle of a run: output tokens of the answers that finished between the
+first and the last fifth of all tokens, by the time they finished. The start is measured apart: time to the first row
+counts from a Ray that is up (imports, actors, the engine's start), for the bare engine from its process's first line.
 """
 
 from __future__ import annotations
@@ -59,12 +60,13 @@ def engine_arguments() -> dict[str, Any]:
     return of(EngineConfig.model_validate(ENGINE), "generate", 0)
 
 
-def run_vllm(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
+def run_vllm(model: str, talks: list[Any]) -> tuple[float, list[tuple[float, int]]]:
     """One engine, never short of requests; rows as (time, tokens).
 
     Requests are rendered and added as there is room: given all at once, that work would fall before the middle of the
     run, which is what is measured, while the other arms do it there.
     """
+    began = time.time()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
     from vllm.inputs.engine import tokens_input
@@ -91,12 +93,12 @@ def run_vllm(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[flo
         for number, talk in islice(waiting, max(0, room)):
             add(number, talk)
         if not engine.has_unfinished_requests():
-            return None, rows
+            return rows[0][0] - began, rows
         finished = [output for output in engine.step() if output.finished]
         rows += [(time.time(), len(output.outputs[0].token_ids)) for output in finished]
 
 
-def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
+def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float, list[tuple[float, int]]]:
     """Ray Data's processor, as its documentation shows it, with batches enough to keep its engine full."""
     _start_ray()
     began = time.time()
@@ -124,14 +126,14 @@ def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float | None, list[t
     items = [{"number": number, "messages": json.dumps(talk)} for number, talk in enumerate(talks)]
     dataset = ray.data.from_items(items, override_num_blocks=max(1, len(items) // 64))
     dataset = build_processor(config, preprocess=before, postprocess=after)(dataset)
-    first, rows = None, []
+    first, rows = 0.0, []
     for row in dataset.iter_rows():
         first = first or time.time() - began
         rows.append((row["time"], row["tokens"]))
     return first, rows
 
 
-def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
+def run_ours(model: str, talks: list[Any]) -> tuple[float, list[tuple[float, int]]]:
     """Our stage, one worker; rows are on disk as Parquet at the end."""
     _start_ray()
     began = time.time()
@@ -147,10 +149,12 @@ def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[flo
         """Writes down when each row was finished."""
 
         def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
+            lines = []
             for row in super().__call__(batch):
-                with open(stamps, "a", encoding="utf-8") as file:
-                    file.write(f"{time.time()} {row['output_tokens']}\n")
+                lines.append(f"{time.time()} {row['output_tokens']}\n")
                 yield row
+            with open(stamps, "a", encoding="utf-8") as file:
+                file.writelines(lines)
 
     config = InferenceConfig.model_validate({"gpus_per_worker": 0, "env": ENV, "engine": ENGINE})
     sampling = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=MAX_TOKENS)
@@ -215,12 +219,16 @@ def run_arm(arm: str, model: str, count: int) -> None:
 
 
 def nano_model() -> str:
-    """The base policy of the nano world, made if it is not there."""
+    """The base policy of the nano world."""
     from psycho.config import load_config
     from psycho.job import DEFAULT_CONFIG
     from psycho.models import resolve
+    from psycho.nano.build import is_built
 
-    return resolve(load_config(DEFAULT_CONFIG), "nano:base")
+    config = load_config(DEFAULT_CONFIG)
+    if not is_built(config.nano):
+        raise SystemExit("the nano models are not made; make them with `psycho nano`, or name a --model")
+    return resolve(config, "nano:base")
 
 
 def main() -> None:
@@ -241,17 +249,18 @@ def main() -> None:
     table = Table("round", "arm", "rows", "tokens", "p10-p90 of length", "output tok/s", "first row, s")
     rounds = []
     for number in range(arguments.rounds):
-        found = {arm: measure(arm, arguments) for arm in ARMS}
+        turn = number % len(ARMS)
+        found = {arm: measure(arm, arguments) for arm in (*ARMS[turn:], *ARMS[:turn])}
         rounds.append(found)
         for arm, seen in found.items():
-            first = f"{seen['first']:.1f}" if seen["first"] else ""
             shown = (f"{seen['rows']:,}", f"{seen['tokens']:,}", f"{seen['p10']}-{seen['p90']}", f"{seen['rate']:,.0f}")
-            table.add_row(str(number), arm, *shown, first)
+            table.add_row(str(number), arm, *shown, f"{seen['first']:.1f}")
     Console(width=120).print(table)
     ratios = {
         "throughput_vs_vllm": [r["ours"]["rate"] / r["vllm"]["rate"] for r in rounds],
         "throughput_vs_ray_data_llm": [r["ours"]["rate"] / r["ray_data_llm"]["rate"] for r in rounds],
         "first_row_vs_ray_data_llm": [r["ours"]["first"] / r["ray_data_llm"]["first"] for r in rounds],
+        "first_row_vs_vllm": [r["ours"]["first"] / r["vllm"]["first"] for r in rounds],
     }
     print(json.dumps({name: round(statistics.median(values), 4) for name, values in ratios.items()}))
 
