@@ -20,6 +20,7 @@ from psycho.config import ClusterConfig
 from psycho.errors import BadInput
 
 AUTOSCALING = "PSYCHO_AUTOSCALING"  # set while a job runs whose cluster grows
+OWN_RAY = "PSYCHO_OWN_RAY"  # set while a job runs in a Ray of its own, which ends with it
 _STDERR = 2
 _LEVEL_LINE = b"Set ray log level from environment variable"
 _QUIET = {
@@ -66,6 +67,7 @@ def _start(config: ClusterConfig, verbose: bool) -> None:
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS")
+    os.environ[OWN_RAY] = "0" if address else "1"
     level = logging.INFO if verbose else logging.ERROR
     if address:
         try:

@@ -226,7 +226,7 @@ def test_ray_says_nothing_of_its_log_level_and_its_errors_are_heard(monkeypatch,
 
     monkeypatch.setattr(cluster, "_QUIET", {})
     monkeypatch.setattr(cluster, "_silence_libraries", lambda: None)
-    for name in (cluster.AUTOSCALING, "RAY_BACKEND_LOG_LEVEL"):
+    for name in (cluster.AUTOSCALING, cluster.OWN_RAY, "RAY_BACKEND_LOG_LEVEL"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)

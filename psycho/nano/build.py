@@ -48,7 +48,7 @@ class Recipe:
 
 
 BACKBONE = Recipe(steps=850, batch=32, lr=3e-3, prompt_loss_weight=0.3)
-JUDGE = Recipe(steps=330, batch=48, lr=2e-3, prompt_loss_weight=0.0)
+JUDGE = Recipe(steps=340, batch=48, lr=2e-3, prompt_loss_weight=0.05)
 POLICY = Recipe(steps=48, batch=32, lr=1e-3, prompt_loss_weight=0.0)
 
 

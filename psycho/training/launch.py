@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from psycho import storage
-from psycho.cluster import AUTOSCALING
+from psycho.cluster import AUTOSCALING, OWN_RAY
 from psycho.config import LoopConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
 from psycho.progress import Reporter
@@ -67,7 +67,7 @@ def launch(
     """Run `worker(config)` on every rank of a Ray Train group and wait for all."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     resources = {"CPU": training.cpus_per_worker}
     if training.gpus_per_worker:
@@ -82,7 +82,7 @@ def launch(
             f"training asks for {' and '.join(missing)} and the cluster has "
             f"{ {name: ray.cluster_resources().get(name, 0) for name in resources} }; lower training.workers"
         )
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         worker,
         train_loop_config=config,
         torch_config=TorchConfig(
@@ -159,6 +159,28 @@ def _train_worker(config: dict[str, Any]) -> None:
             shutil.rmtree(f"{job.output}.checkpoints", ignore_errors=True)
         dist.barrier()  # the next training may start from it
         trainer.close()
+
+
+def _trainer_class() -> Any:
+    """Ray Train's torch trainer; in a Ray of our own without the helper actors that only a shared cluster needs.
+
+    They clean up after a dead controller, look out for drained nodes and feed Ray Data sets. Starting them costs a
+    small training more than its steps, and without a dashboard the first takes up to 12 s to stop.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Lean(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:  # private, and pinned with Ray
+            left_out = (DatasetsCallback, PlacementGroupCleanerCallback)
+            every = super()._create_default_callbacks()  # type: ignore[misc]
+            return [each for each in every if not isinstance(each, left_out)]
+
+    if os.environ.get(OWN_RAY) != "1":
+        return TorchTrainer
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    return Lean
 
 
 def _environment(training: TrainingConfig) -> dict[str, str]:
