@@ -4,9 +4,12 @@
 
 The same prompts, sampling and engine arguments go through (1) one bare engine that is fed from a plain loop,
 (2) `ray.data.llm`'s processor, (3) our stage on Ray Data with one worker. Each arm runs in a process of its own, one
-after the other, in rounds; ratios are of the same round, the line holds the median over rounds. Throughput is that of
-the middle of a run: output tokens of the answers that finished between the first and the last fifth of all tokens, by
-the time they finished. Time to the first row counts from a Ray that is up: imports, actors, the engine's start.
+after the other, in rounds, each round beginning with another arm; ratios are of the same round, the line holds the
+median over rounds. Throughput is that of the middle of a run: output tokens of the answers that finished between the
+first and the last fifth of all tokens, by the time they finished. The start is measured apart: time to the first row
+counts from a Ray that is up (imports, actors, the engine's start), for the bare engine from its process's first line.
+`cpu_vs_vllm` is CPU time instead of throughput, of the process that holds the engine, over the same middle: what we add
+to the bare engine, also where other work on the machine makes throughput say little.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +46,14 @@ MAX_TOKENS, TEMPERATURE, TOP_P = 96, 0.8, 0.95
 ARMS = ("vllm", "ray_data_llm", "ours")
 
 
+class Seen(NamedTuple):
+    """A row: when it was finished, its output tokens, and the CPU seconds of the engine's process up to then."""
+
+    time: float
+    tokens: int
+    cpu: float = 0.0
+
+
 def prompts(count: int) -> list[list[dict[str, str]]]:
     """Speeches of the nano grammar, as messages."""
     from psycho.nano.grammar import sample_speech
@@ -59,12 +70,13 @@ def engine_arguments() -> dict[str, Any]:
     return of(EngineConfig.model_validate(ENGINE), "generate", 0)
 
 
-def run_vllm(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
-    """One engine, never short of requests; rows as (time, tokens).
+def run_vllm(model: str, talks: list[Any]) -> tuple[float, list[Seen]]:
+    """One engine, never short of requests.
 
     Requests are rendered and added as there is room: given all at once, that work would fall before the middle of the
     run, which is what is measured, while the other arms do it there.
     """
+    began = time.time()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
     from vllm.inputs.engine import tokens_input
@@ -84,19 +96,19 @@ def run_vllm(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[flo
         )
         engine.add_request(str(number), tokens_input(tokenizer(text, add_special_tokens=False).input_ids), params)
 
-    rows: list[tuple[float, int]] = []
+    rows: list[Seen] = []
     waiting = iter(enumerate(talks))
     while True:
         room = ENGINE["max_num_seqs"] + 16 - engine.get_num_unfinished_requests()
         for number, talk in islice(waiting, max(0, room)):
             add(number, talk)
         if not engine.has_unfinished_requests():
-            return None, rows
+            return rows[0].time - began, rows
         finished = [output for output in engine.step() if output.finished]
-        rows += [(time.time(), len(output.outputs[0].token_ids)) for output in finished]
+        rows += [Seen(time.time(), len(output.outputs[0].token_ids), time.process_time()) for output in finished]
 
 
-def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
+def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float, list[Seen]]:
     """Ray Data's processor, as its documentation shows it, with batches enough to keep its engine full."""
     _start_ray()
     began = time.time()
@@ -124,14 +136,15 @@ def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float | None, list[t
     items = [{"number": number, "messages": json.dumps(talk)} for number, talk in enumerate(talks)]
     dataset = ray.data.from_items(items, override_num_blocks=max(1, len(items) // 64))
     dataset = build_processor(config, preprocess=before, postprocess=after)(dataset)
-    first, rows = None, []
+    first = 0.0
+    rows: list[Seen] = []
     for row in dataset.iter_rows():
         first = first or time.time() - began
-        rows.append((row["time"], row["tokens"]))
+        rows.append(Seen(row["time"], row["tokens"]))
     return first, rows
 
 
-def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[float, int]]]:
+def run_ours(model: str, talks: list[Any]) -> tuple[float, list[Seen]]:
     """Our stage, one worker; rows are on disk as Parquet at the end."""
     _start_ray()
     began = time.time()
@@ -147,10 +160,12 @@ def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[flo
         """Writes down when each row was finished."""
 
         def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
+            lines = []
             for row in super().__call__(batch):
-                with open(stamps, "a", encoding="utf-8") as file:
-                    file.write(f"{time.time()} {row['output_tokens']}\n")
+                lines.append(f"{time.time()} {row['output_tokens']} {time.process_time()}\n")
                 yield row
+            with open(stamps, "a", encoding="utf-8") as file:
+                file.writelines(lines)
 
     config = InferenceConfig.model_validate({"gpus_per_worker": 0, "env": ENV, "engine": ENGINE})
     sampling = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=MAX_TOKENS)
@@ -172,7 +187,7 @@ def run_ours(model: str, talks: list[Any]) -> tuple[float | None, list[tuple[flo
     first = min(path.stat().st_mtime for path in (folder / "rows").rglob("*.parquet")) - began
     lines = [line.split() for line in (folder / "stamps").read_text().splitlines()]
     shutil.rmtree(folder)
-    return first, [(float(at), int(tokens)) for at, tokens in lines]
+    return first, [Seen(float(at), int(tokens), float(cpu)) for at, tokens, cpu in lines]
 
 
 def _start_ray() -> None:
@@ -182,16 +197,13 @@ def _start_ray() -> None:
     ray.init(address="local", num_cpus=12, include_dashboard=False, log_to_driver=False, object_store_memory=2**29)
 
 
-def steady(rows: list[tuple[float, int]]) -> float:
-    """Tokens a second between the first and the last fifth of all tokens."""
+def steady(rows: list[Seen]) -> tuple[float, float]:
+    """Tokens a second, and CPU seconds a token, between the first and the last fifth of all tokens."""
     rows = sorted(rows)
-    total, seen, inside, times = sum(tokens for _, tokens in rows), 0, 0, []
-    for at, tokens in rows:
-        seen += tokens
-        if 0.2 * total <= seen <= 0.8 * total:
-            inside += tokens if times else 0
-            times.append(at)
-    return inside / (times[-1] - times[0])
+    ends = list(accumulate(row.tokens for row in rows))
+    middle = [row for row, end in zip(rows, ends, strict=True) if 0.2 * ends[-1] <= end <= 0.8 * ends[-1]]
+    tokens = sum(row.tokens for row in middle[1:])
+    return tokens / (middle[-1].time - middle[0].time), (middle[-1].cpu - middle[0].cpu) / tokens
 
 
 def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -207,20 +219,25 @@ def run_arm(arm: str, model: str, count: int) -> None:
     os.environ.update(ENV)
     talks = prompts(count)
     first, rows = {"vllm": run_vllm, "ray_data_llm": run_ray_data_llm, "ours": run_ours}[arm](model, talks)
-    lengths = sorted(tokens for _, tokens in rows)
+    lengths = sorted(row.tokens for row in rows)
+    rate, cpu = steady(rows)
     print(json.dumps({
-        "rows": len(rows), "tokens": sum(lengths), "rate": steady(rows), "first": first,
+        "rows": len(rows), "tokens": sum(lengths), "rate": rate, "cpu": cpu, "first": first,
         "p10": lengths[len(lengths) // 10], "p90": lengths[len(lengths) * 9 // 10],
     }))  # fmt: skip
 
 
 def nano_model() -> str:
-    """The base policy of the nano world, made if it is not there."""
+    """The base policy of the nano world."""
     from psycho.config import load_config
     from psycho.job import DEFAULT_CONFIG
     from psycho.models import resolve
+    from psycho.nano.build import is_built
 
-    return resolve(load_config(DEFAULT_CONFIG), "nano:base")
+    config = load_config(DEFAULT_CONFIG)
+    if not is_built(config.nano):
+        raise SystemExit("the nano models are not made; make them with `psycho nano`, or name a --model")
+    return resolve(config, "nano:base")
 
 
 def main() -> None:
@@ -241,17 +258,19 @@ def main() -> None:
     table = Table("round", "arm", "rows", "tokens", "p10-p90 of length", "output tok/s", "first row, s")
     rounds = []
     for number in range(arguments.rounds):
-        found = {arm: measure(arm, arguments) for arm in ARMS}
+        turn = number % len(ARMS)
+        found = {arm: measure(arm, arguments) for arm in (*ARMS[turn:], *ARMS[:turn])}
         rounds.append(found)
         for arm, seen in found.items():
-            first = f"{seen['first']:.1f}" if seen["first"] else ""
             shown = (f"{seen['rows']:,}", f"{seen['tokens']:,}", f"{seen['p10']}-{seen['p90']}", f"{seen['rate']:,.0f}")
-            table.add_row(str(number), arm, *shown, first)
+            table.add_row(str(number), arm, *shown, f"{seen['first']:.1f}")
     Console(width=120).print(table)
     ratios = {
         "throughput_vs_vllm": [r["ours"]["rate"] / r["vllm"]["rate"] for r in rounds],
         "throughput_vs_ray_data_llm": [r["ours"]["rate"] / r["ray_data_llm"]["rate"] for r in rounds],
         "first_row_vs_ray_data_llm": [r["ours"]["first"] / r["ray_data_llm"]["first"] for r in rounds],
+        "cpu_vs_vllm": [r["ours"]["cpu"] / r["vllm"]["cpu"] for r in rounds],
+        "first_row_vs_vllm": [r["ours"]["first"] / r["vllm"]["first"] for r in rounds],
     }
     print(json.dumps({name: round(statistics.median(values), 4) for name, values in ratios.items()}))
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import psutil
 
@@ -19,6 +21,8 @@ from psycho.errors import BadInput
 
 AUTOSCALING = "PSYCHO_AUTOSCALING"  # set while a job runs whose cluster grows
 OWN_RAY = "PSYCHO_OWN_RAY"  # set while a job runs in a Ray of its own, which ends with it
+_STDERR = 2
+_LEVEL_LINE = b"Set ray log level from environment variable"
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -51,6 +55,17 @@ def ray_session(config: ClusterConfig, verbose: bool) -> Iterator[None]:
         _silence_libraries()
         # Ray Data makes Ray's core warn, on the driver's terminal, at the start of every actor pool.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with nullcontext() if verbose else _without(_LEVEL_LINE):
+        _start(config, verbose)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(config: ClusterConfig, verbose: bool) -> None:
+    import ray
+
     address = config.address or os.environ.get("RAY_ADDRESS")
     os.environ[OWN_RAY] = "0" if address else "1"
     level = logging.INFO if verbose else logging.ERROR
@@ -73,10 +88,24 @@ def ray_session(config: ClusterConfig, verbose: bool) -> Iterator[None]:
             log_to_driver=verbose,
             object_store_memory=store,
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+
+@contextmanager
+def _without(part: bytes) -> Iterator[None]:
+    """Hold back what the process writes to its stderr inside the block, and let go at its end of all but the lines that
+    hold `part`: Ray's core says which level it was given before that level counts."""
+    sys.stderr.flush()
+    before = os.dup(_STDERR)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), _STDERR)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, _STDERR)
+            os.close(before)
+            held.seek(0)
+            os.write(_STDERR, b"".join(line for line in held if part not in line))
 
 
 def _check_memory(config: ClusterConfig) -> None:

@@ -121,7 +121,11 @@ class SpeechesConfig(Section):
     source_config: str | None = Field(None, description="configuration of a hub data set that has several")
     source_split: str = Field("train", description="split of a `datasets` folder or hub data set")
     text_column: str = Field("question", description="text, or a transcript [{role, content}, ...] (also as JSON)")
-    id_column: str | None = Field(None, description="none: an id is derived from the text")
+    id_column: str | None = Field(
+        None,
+        description="none: an id is derived from the text; numbers (row-17), UUIDs and hashes are kept, any other "
+        "id may tell who somebody is and is replaced by its hash, unless mask_personal_data is false",
+    )
     topic_column: str | None = Field(None, description="labels that psycho/speeches/topics.yaml knows")
     topic_model: str | None = Field(None, description="a model of generation.pool that names each speech's topic")
     history_turns: int = Field(12, ge=0, description="turns kept before the last client turn of a transcript")

@@ -7,6 +7,7 @@ through `main`. A person's mistake ends in one sentence and exit code 2; a trace
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import traceback
 from collections.abc import Callable
@@ -109,16 +110,6 @@ def register(
     """Add one job with its options to a command line; `with_file` runs in its stead where its file option is given."""
 
     def _command(
-        config: ConfigFile = DEFAULT_CONFIG,
-        set_: Overrides = None,
-        run_dir: RunDir = None,
-        dry_run: DryRun = False,
-        verbose: Verbose = False,
-    ) -> None:
-        options = Options(config, tuple(set_ or ()), run_dir, dry_run, verbose)
-        raise typer.Exit(execute(name, recipe, options))
-
-    def _command_with_file(
         file: str | None = None,
         config: ConfigFile = DEFAULT_CONFIG,
         set_: Overrides = None,
@@ -130,14 +121,15 @@ def register(
         options = Options(config, tuple(set_ or ()), run_dir, dry_run, verbose)
         raise typer.Exit(execute(name, chosen, options))
 
-    help_text = (documentation or name).strip()
-    if with_file is None:
-        app.command(name=name, help=help_text)(_command)
-        return
-    option = FILE_OPTIONS[name]
-    declared = typer.Option(f"--{option.name}", metavar="FILE", help=option.help)
-    _command_with_file.__annotations__["file"] = Annotated[str | None, declared]
-    app.command(name=name, help=help_text)(_command_with_file)
+    if with_file is None:  # this job has no such option
+        signature = inspect.signature(_command, eval_str=True)
+        others = [parameter for parameter in signature.parameters.values() if parameter.name != "file"]
+        _command.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
+    else:
+        option = FILE_OPTIONS[name]
+        declared = typer.Option(f"--{option.name}", metavar="FILE", help=option.help)
+        _command.__annotations__["file"] = Annotated[str | None, declared]
+    app.command(name=name, help=(documentation or name).strip())(_command)
 
 
 def execute(name: str, recipe: Recipe, options: Options) -> int:

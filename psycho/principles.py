@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MIN_RATING, MAX_RATING = 1, 5
 
@@ -77,6 +78,17 @@ def overall(ratings: Mapping[str, float]) -> float:
         KeyError: a principle has no rating; a missing rating is never given a default.
     """
     return sum(ratings[stem] for stem in STEMS) / len(STEMS)
+
+
+def whole_rating(value: Any) -> int | None:
+    """A rating from a file: whole, also where a CSV or a float column spells it 4 or 4.0; None where it is none."""
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() and MIN_RATING <= number <= MAX_RATING else None
 
 
 def rubric() -> str:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from psycho import storage
 from psycho.config import Config, ModelConfig
-from psycho.inference.batch import collect, run_batches, split_errors, unanswered
+from psycho.inference.batch import collect, enough, run_batches, split_errors, unanswered
 from psycho.inference.generate import ANSWER, GenerateBatch, Served, tally
 from psycho.inference.models import engine_signature
 from psycho.inference.remote import ask_remote, lost_cost
@@ -78,7 +78,7 @@ def local(job: Job, requests: pa.Table, folder: str, reporter: Reporter) -> None
             },
             inference,
             models[0].gpus_per_worker,
-            at_once=4 * engine.max_num_seqs,
+            at_once=enough(engine),
             say=job.progress.say,
         )
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from psycho import storage
 from psycho.config import JudgeConfig
 from psycho.evaluation.calibration import calibration, calibration_table
-from psycho.inference.batch import run_batches
+from psycho.inference.batch import enough, run_batches
 from psycho.inference.worker import EngineSpec
 from psycho.job import Job, main
 from psycho.judging.human import read_human_ratings
@@ -86,9 +86,23 @@ def rate_table(job: Job, responses: pa.Table, folder: str) -> tuple[Rows, Rows, 
 def _ask_one(job: Job, judge: JudgeConfig, responses: pa.Table, folder: str, reporter: Reporter) -> Rows:
     """One judge's answers to all responses, sorted by request."""
     inference = job.config.inference
-    spec = EngineSpec(judge.engine or inference.engine, job.config.seed, inference.env, job.verbose)
-    arguments = {"spec": spec, "model": resolve(job.config, judge.model), "judge": judge, "reporter": reporter}
-    tables = run_batches(responses, folder, JudgeBatch, arguments, inference, judge.gpus_per_worker, reporter.add)
+    engine = judge.engine or inference.engine
+    tables = run_batches(
+        responses,
+        folder,
+        JudgeBatch,
+        {
+            "spec": EngineSpec(engine, job.config.seed, inference.env, job.verbose),
+            "model": resolve(job.config, judge.model),
+            "judge": judge,
+            "reporter": reporter,
+        },
+        inference,
+        judge.gpus_per_worker,
+        on_resume=reporter.add,
+        at_once=enough(engine),
+        say=job.progress.say,
+    )
     return pa.concat_tables(tables, promote_options="permissive").sort_by("request_id").to_pylist()
 
 

@@ -78,7 +78,10 @@ def _read(job: Job, partial: str) -> StageResult:
         job.need_ray()
         return clean_on_ray(chain(begin, batches), config, seed)
 
-    return prepare_speeches(config, seed, partial, clean_all)
+    def resumed(rows: int) -> None:
+        job.progress.say(f"  prepare: {rows:,} rows were cleaned before")
+
+    return prepare_speeches(config, seed, partial, clean_all, resumed)
 
 
 def topic_model(config: Config) -> ModelConfig | None:
@@ -99,7 +102,7 @@ def topic_model(config: Config) -> ModelConfig | None:
 
 def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, int]:
     """Fill in `topic`, shard by shard, and count the coarse topics."""
-    from psycho.inference.batch import run_batches
+    from psycho.inference.batch import enough, run_batches
     from psycho.inference.worker import EngineSpec
     from psycho.models import resolve
     from psycho.speeches.label import TopicBatch
@@ -108,7 +111,8 @@ def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, 
     ensure_nano(job)
     job.need_ray()
     inference, folder = job.config.inference, storage.join(partial, "speeches")
-    spec = EngineSpec(model.engine or inference.engine, job.config.seed, inference.env, job.verbose)
+    engine = model.engine or inference.engine
+    spec = EngineSpec(engine, job.config.seed, inference.env, job.verbose)
     topics: list[str] = []
     with job.progress.stage("topics", total, "speeches") as reporter:
         arguments: dict[str, Any] = {"spec": spec, "model": resolve(job.config, model.model), "reporter": reporter}
@@ -116,7 +120,9 @@ def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, 
             speeches, name = pq.read_table(path, filesystem=fs), PurePosixPath(path).name
             requests = speeches.select(["speech_id", "question"]).rename_columns(["request_id", "question"])
             answers = storage.join(partial, "answers", name)
-            tables = run_batches(requests, answers, TopicBatch, arguments, inference, model.gpus_per_worker)
+            tables = run_batches(
+                requests, answers, TopicBatch, arguments, inference, model.gpus_per_worker, at_once=enough(engine)
+            )
             found = {row["request_id"]: row["topic"] for table in tables for row in table.to_pylist()}
             column = [found[speech_id] for speech_id in speeches["speech_id"].to_pylist()]
             place = speeches.column_names.index("topic")

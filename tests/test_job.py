@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,25 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
         cluster.ray_session(ClusterConfig(address="head:6379"), verbose=True),
     ):
         pytest.fail("the job went on")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ray_says_nothing_of_its_log_level_and_its_errors_are_heard(monkeypatch, capfd, fails):
+    def init(**_: Any) -> None:
+        os.write(2, b"[1 1] logging.cc:303: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\n")
+        os.write(2, b"the disk of the object store is full\nand so on")
+        if fails:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "_QUIET", {})
+    monkeypatch.setattr(cluster, "_silence_libraries", lambda: None)
+    for name in (cluster.AUTOSCALING, cluster.OWN_RAY, "RAY_BACKEND_LOG_LEVEL"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", init)
+    ends = pytest.raises(KeyboardInterrupt) if fails else nullcontext()
+    with ends, cluster.ray_session(ClusterConfig(address="head:6379"), verbose=False):
+        os.write(2, b" and later\n")
+    said = capfd.readouterr().err
+    assert said == "the disk of the object store is full\nand so on" + ("" if fails else " and later\n")

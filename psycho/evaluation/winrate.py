@@ -1,4 +1,4 @@
-"""Win rate of a policy against a baseline: raw, with length held equal, and the difference of two policies.
+"""Win rate of a policy against a baseline: raw, and with length held equal.
 
 The raw rate rewards length, since judges do, so a length-controlled rate stands beside it: what the rate
 would be had both responses been equally long (Dubois et al. 2024, "Length-Controlled AlpacaEval", arXiv
@@ -8,14 +8,12 @@ width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
-from scipy.stats import t as student_t
 
 from psycho.evaluation.metrics import Vector, clustered_rate, finite_vector, speech_index, wilson_interval
 
@@ -135,32 +133,6 @@ def fit_logistic(design: Vector, outcomes: Vector, speech: NDArray[np.intp], rid
     np.add.at(scores, speech, design * (outcomes - expit(design @ b))[:, None])
     correction = len(scores) / max(len(scores) - 1, 1)
     return LogisticFit(b, inverse, correction * inverse @ (scores.T @ scores) @ inverse)
-
-
-def paired_difference(
-    outcomes_a: ArrayLike, outcomes_b: ArrayLike, speech_ids: Sequence[Any] | NDArray[Any]
-) -> dict[str, Any]:
-    """Mean of a - b over the same rows, in [-1, 1], with its interval, as {n, difference, low, high}.
-
-    A cluster-robust t interval after Agresti and Min (2005): it adds two pseudo-speeches of mean size, one of
-    zeros and one that weighs half +1 and half -1. So it keeps a width where both policies always do alike,
-    and keeps the gain of pairing, which two separate win rates lose. `difference` itself is not shrunk.
-    """
-    a, b = finite_vector(outcomes_a, "outcomes_a"), finite_vector(outcomes_b, "outcomes_b")
-    if a.size != b.size:
-        raise ValueError(f"{a.size} outcomes of a but {b.size} of b")
-    speech, n_speeches = speech_index(speech_ids, a.size)
-    n, gap = a.size, a - b
-    difference = float(gap.sum() / n)
-    if n_speeches < 2:
-        return {"n": n, "difference": difference, "low": -1.0, "high": 1.0}
-    size = n / n_speeches
-    centre = float(gap.sum() / (n + 2 * size))
-    sums = np.bincount(speech, weights=gap - centre)
-    squares = n_speeches / (n_speeches - 1) * float(sums @ sums) + size**2 * (1 + 2 * centre**2)
-    half = float(student_t.ppf(0.975, n_speeches - 1)) * math.sqrt(squares) / (n + 2 * size)
-    low, high = max(-1.0, min(difference, centre - half)), min(1.0, max(difference, centre + half))
-    return {"n": n, "difference": difference, "low": low, "high": high}
 
 
 def _derivatives(design: Vector, outcomes: Vector, b: Vector, ridge: Vector) -> tuple[Vector, Vector]:

@@ -19,7 +19,7 @@ import ray
 
 from psycho import storage
 from psycho.cluster import AUTOSCALING
-from psycho.config import InferenceConfig
+from psycho.config import EngineConfig, InferenceConfig
 from psycho.errors import BadInput, StageFailed
 from psycho.inference.loop import EngineFailed
 from psycho.schema import stable_id
@@ -27,6 +27,7 @@ from psycho.waiting import wait_for
 
 _BATCHES_A_WORKER = 8  # at least, so that workers end together
 _LEAST_ROWS, _MOST_AT_ONCE = 16, 16
+_TIMES_ITS_SLOTS = 4
 _UNWRITTEN = 0.02  # most of the answers that may be finished and not yet on disk
 RESTARTS = 16  # of one worker; one that dies more often has a reason that a restart does not remove
 _RESTART_LOG = "restarts.log"
@@ -206,6 +207,11 @@ def _serve(
         start_s=config.start_timeout_s,
         step_s=config.batch_timeout_s,
     )
+
+
+def enough(engine: EngineConfig) -> int:
+    """Requests that keep an engine's slots taken while others of the same batch are still under way (`at_once`)."""
+    return _TIMES_ITS_SLOTS * engine.max_num_seqs
 
 
 def layout(requests: int, config: InferenceConfig, at_once: int) -> tuple[int, int, int]:

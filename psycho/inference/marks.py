@@ -8,6 +8,10 @@ a loop usually ends at the token limit, and is called a loop.
 from __future__ import annotations
 
 import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 OK, EMPTY, TRUNCATED, REFUSED, LOOPING = "ok", "empty", "truncated", "refused", "looping"
 STATUSES = (OK, EMPTY, TRUNCATED, REFUSED, LOOPING)
@@ -60,11 +64,23 @@ def refuses(text: str) -> bool:
 
 def loops(text: str) -> bool:
     """True when up to 30 words follow themselves four times in a row, or a few characters twelve times."""
-    words = text.split()
+    codes: dict[str, int] = {}
+    words = np.array([codes.setdefault(word, len(codes)) for word in text.split()], np.int64)
     for unit in range(1, min(_UNIT_WORDS, len(words) // _LEAST_TIMES) + 1):
-        run, enough = 0, max(unit * (_LEAST_TIMES - 1), _LEAST_WORDS - unit)
-        for index in range(unit, len(words)):
-            run = run + 1 if words[index] == words[index - unit] else 0
-            if run >= enough:
-                return True
+        if _repeats(words, unit, max(unit * (_LEAST_TIMES - 1), _LEAST_WORDS - unit)):
+            return True
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    units = range(1, min(_UNIT_CHARS, len(characters) // _TIMES_CHARS) + 1)
+    # The pattern is slow on long texts, and few hold anything that it could match.
+    if not any(_repeats(characters, unit, unit * (_TIMES_CHARS - 1)) for unit in units):
+        return False
     return bool(re.search(rf"(\S(?:.{{0,{_UNIT_CHARS - 1}}}?))\1{{{_TIMES_CHARS - 1},}}", text, re.DOTALL))
+
+
+def _repeats(codes: npt.NDArray[Any], distance: int, least: int) -> bool:
+    """Whether so many codes in a row are each equal to the one at that distance before them."""
+    same = codes[distance:] == codes[:-distance]
+    if np.count_nonzero(same) < least:  # of most texts, and soon said
+        return False
+    ends = np.concatenate(([-1], np.flatnonzero(~same), [len(same)]))
+    return bool((ends[1:] - ends[:-1]).max() > least)

@@ -8,6 +8,8 @@ wrote never becomes a control token, whatever it spells.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from psycho.inference.marks import REASONING_TAGS
@@ -31,22 +33,37 @@ def render(tokenizer: Any, messages: Messages, variables: Mapping[str, Any] | No
 
 def plain_text(tokenizer: Any, text: str) -> str:
     """The text with control tokens taken apart, so that they are read as what they look like."""
-    for token in tokenizer.all_special_tokens:
+    for token in _traits(tokenizer).control:
         if len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
 
+@dataclass(frozen=True)
+class _Traits:
+    """What is asked of a tokenizer for every prompt; asked anew each time it would cost more than tokenizing."""
+
+    control: tuple[str, ...]
+    bos: str | None
+    adds_bos: bool
+
+
+@lru_cache(maxsize=8)
+def _traits(tokenizer: Any) -> _Traits:
+    bos = tokenizer.bos_token
+    adds = bool(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return _Traits(tuple(tokenizer.all_special_tokens), bos, adds)
+
+
 def with_one_bos(tokenizer: Any, text: str) -> str:
     """The text with one BOS where the model has one: by its template or, failing that, by its tokenizer."""
-    bos = tokenizer.bos_token
-    if not bos:
+    traits = _traits(tokenizer)
+    if not traits.bos:
         return text
     bare = text
-    while bare.startswith(bos):
-        bare = bare[len(bos) :]
-    adds = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return bos + bare if adds or bare != text else text
+    while bare.startswith(traits.bos):
+        bare = bare[len(traits.bos) :]
+    return traits.bos + bare if traits.adds_bos or bare != text else text
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
@@ -67,7 +84,7 @@ def reasoning_is_control(tokenizer: Any) -> bool:
 
 def without_control(tokenizer: Any, text: str) -> str:
     """The text of an answer that was decoded with its control tokens, without them, tags of reasoning apart."""
-    for token in set(tokenizer.all_special_tokens) - _TAGS:
+    for token in set(_traits(tokenizer).control) - _TAGS:
         text = text.replace(token, "")
     return text
 

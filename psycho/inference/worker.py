@@ -89,10 +89,6 @@ class VLLMWorker:
         self._tokenizing = threading.Lock()  # a fast tokenizer is for one thread at a time
         self._loop = EngineLoop(lambda model: self._hold(model).llm_engine, spec.engine.max_num_seqs)
 
-    def ping(self) -> int:
-        """The worker's process id; answers once the actor is up."""
-        return os.getpid()
-
     def use(self, model: str, runner: str = "generate") -> None:
         """Hold `model` from here on: by new weights where the architectures agree, else by a new engine."""
         self._loop.run(lambda: self._hold(model, runner))

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from psycho.errors import BadInput
-from psycho.principles import MAX_RATING, MIN_RATING, STEMS
+from psycho.principles import MAX_RATING, MIN_RATING, STEMS, whole_rating
 from psycho.schema import RESPONSE, stable_id, stable_seed
 
 _RATINGS = tuple(f"{stem}_rating" for stem in STEMS)
@@ -88,19 +88,9 @@ def _reason(record: dict[str, Any], speech: str) -> str | None:
         if not isinstance(record[name], str) or not record[name].strip():
             return f"no {name}"
     for name in _RATINGS:
-        if _rating(record[name]) is None:
+        if whole_rating(record[name]) is None:
             return f"{name} is not a whole number from {MIN_RATING} to {MAX_RATING}"
     return None
-
-
-def _rating(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return int(number) if number.is_integer() and MIN_RATING <= number <= MAX_RATING else None
 
 
 def _row(record: dict[str, Any], speech: str) -> dict[str, Any]:
@@ -114,7 +104,7 @@ def _row(record: dict[str, Any], speech: str) -> dict[str, Any]:
         "history": history,
         "response": response,
         "rater": "" if pd.isna(extra["rater"]) else str(extra["rater"]),
-        **{name: _rating(record[name]) for name in _RATINGS},
+        **{name: whole_rating(record[name]) for name in _RATINGS},
     }
 
 

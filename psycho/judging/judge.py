@@ -57,6 +57,9 @@ def rate_single(
 ) -> list[tuple[Rating | None, bool, int, Completion]]:
     """Rate each response: rating or None, whether the floor was met, attempts, last completion.
 
+    The completion's token counts are of all that was asked for this response: retries, and the second rating where
+    something in it is foreign.
+
     Args:
         expected: also read the expected ratings from the judge's log-probabilities.
     """
@@ -75,10 +78,20 @@ def rate_single(
     cut = {i: found for i, (*_, done) in enumerate(results) if (found := _cut(judge, texts[i], done))}
     kept = [(items[i][0], cut[i][0], *items[i][2:]) for i in cut]
     again = rate_single(worker, _unfloored(judge), kept, [seeds[i] for i in cut], expected) if cut else []
-    for index, (rating, *_) in zip(cut, again, strict=True):
+    for index, (rating, _, _, second) in zip(cut, again, strict=True):
         before, floored, attempts, completion = results[index]
-        results[index] = (_lower(before, rating) if before and rating else None, floored, attempts, completion)
+        lower = _lower(before, rating) if before and rating else None
+        results[index] = (lower, floored, attempts, _with_tokens_of(completion, second))
     return results
+
+
+def _with_tokens_of(completion: Completion, other: Completion) -> Completion:
+    """The completion, its token counts with the other's."""
+    return replace(
+        completion,
+        prompt_tokens=completion.prompt_tokens + other.prompt_tokens,
+        output_tokens=completion.output_tokens + other.output_tokens,
+    )
 
 
 def _sources(items: Sequence[Sequence[str | None]]) -> list[str]:
@@ -240,9 +253,9 @@ def _ask(
         for index, completion in zip(failed, again, strict=True):
             attempts[index] += 1
             found[index] = read(index, completion)
-            spent = last[index].output_tokens + completion.output_tokens
             floors, means = last[index].span_floors, last[index].span_means
-            last[index] = replace(completion, output_tokens=spent, span_floors=floors, span_means=means)
+            counted = _with_tokens_of(completion, last[index])
+            last[index] = replace(counted, span_floors=floors, span_means=means)
     return list(zip(found, last, attempts, strict=True))
 
 

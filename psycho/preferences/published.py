@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from psycho.config import PairsConfig
 from psycho.errors import BadInput
 from psycho.preferences.splits import held_out, same_words
-from psycho.principles import MAX_RATING, MIN_RATING, STEMS, overall
+from psycho.principles import MAX_RATING, MIN_RATING, STEMS, overall, whole_rating
 from psycho.schema import PREFERENCE_PAIR, stable_id
 
 Row = Mapping[str, Any]
@@ -108,11 +108,11 @@ def _reason(row: Row) -> str | None:
         if not isinstance(row.get(column), str) or not row[column].strip():
             return f"no text in {column}"
     for column in RATINGS:
-        if _rating(row.get(column)) is None:
+        if whole_rating(row.get(column)) is None:
             return f"{column} is not a whole number from {MIN_RATING} to {MAX_RATING}"
     if row["chosen"].strip() == row["rejected"].strip():
         return "same text"
-    sums = [sum(_rating(row[f"{side}_{stem}_rating"]) or 0 for stem in STEMS) for side in ("chosen", "rejected")]
+    sums = [sum(whole_rating(row[f"{side}_{stem}_rating"]) or 0 for stem in STEMS) for side in ("chosen", "rejected")]
     return "rejected is rated higher" if sums[0] < sums[1] else None
 
 
@@ -122,24 +122,13 @@ def _id_reason(row: Row, ids: dict[str, str]) -> str | None:
     return None if known == row["question"] else "its ID belongs to another question"
 
 
-def _rating(value: Any) -> int | None:
-    """A rating as published: whole, also where a CSV or a float column spells it 4 or 4.0."""
-    if isinstance(value, bool) or value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return int(number) if number.is_integer() and MIN_RATING <= number <= MAX_RATING else None
-
-
 def _speech_id(row: Row) -> str:
     given = row.get("ID")
     return str(given) if given not in (None, "") else stable_id("speech", row["question"])
 
 
 def _pair(row: Row, number: int) -> dict[str, Any]:
-    ratings = {column: _rating(row[column]) for column in RATINGS}
+    ratings = {column: whole_rating(row[column]) for column in RATINGS}
     sides = [{stem: ratings[f"{side}_{stem}_rating"] or 0 for stem in STEMS} for side in ("chosen", "rejected")]
     pref = str(row.get("prefID", ""))
     pair = {

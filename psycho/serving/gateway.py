@@ -69,17 +69,17 @@ class EventStream(StreamingResponse):
 def build_api(settings: Settings, policy: Any, reward: Any) -> ASGIApp:
     """The application; `policy` and `reward` are deployment handles (`chat`, `stream`, `score`, `health`)."""
     api = FastAPI(title="psycho", description=NOTICE, version="1")
-    chats = Admission(settings.policy_slots, settings.max_queued_requests)
-    scorings = Admission(settings.reward_slots, settings.max_queued_requests)
-    streams = policy.options(stream=True)
+    _answer_errors(api)
+    gateway = _Gateway(settings, policy, reward)
+    api.get("/health")(gateway.health)
+    api.get("/v1/models")(gateway.models)
+    api.post("/v1/chat/completions", response_model=None)(gateway.chat)
+    api.post("/v1/score")(gateway.score)
+    return Guard(api, settings.key_digest)
 
-    def deadline() -> float:
-        return asyncio.get_running_loop().time() + settings.request_timeout_s
 
-    def check_model(asked: str | None, served: str) -> None:
-        if asked is not None and asked != served:
-            message = f"there is no such model here; this endpoint serves {served}"
-            raise ApiError(404, message, "model_not_found", "model")
+def _answer_errors(api: FastAPI) -> None:
+    """Every error in the one form of `ApiError`."""
 
     @api.exception_handler(ApiError)
     async def _api_error(_: Request, error: ApiError) -> Response:
@@ -100,12 +100,21 @@ def build_api(settings: Settings, policy: Any, reward: Any) -> ASGIApp:
     async def _unforeseen(_: Request, error: Exception) -> Response:
         return respond(ApiError(500, "something went wrong here; the server's log names the error"))
 
-    @api.get("/health")
-    async def health() -> Response:
+
+class _Gateway:
+    """The routes, each a method, and what they share: who may come in, and for how long."""
+
+    def __init__(self, settings: Settings, policy: Any, reward: Any) -> None:
+        self._settings, self._policy, self._reward = settings, policy, reward
+        self._streams = policy.options(stream=True)
+        self._chats = Admission(settings.policy_slots, settings.max_queued_requests)
+        self._scorings = Admission(settings.reward_slots, settings.max_queued_requests)
+
+    async def health(self) -> Response:
         """200 when both engines are up and answer."""
         until = asyncio.get_running_loop().time() + _HEALTH_TIMEOUT_S
-        names = ("policy", "reward")
-        found = await asyncio.gather(*(ask(handle, until) for handle in (policy, reward)), return_exceptions=True)
+        names, handles = ("policy", "reward"), (self._policy, self._reward)
+        found = await asyncio.gather(*(call(handle.health, until) for handle in handles), return_exceptions=True)
         engines = {
             name: {"ready": False} if isinstance(result, BaseException) else {"ready": True, **result}
             for name, result in zip(names, found, strict=True)
@@ -116,22 +125,19 @@ def build_api(settings: Settings, policy: Any, reward: Any) -> ASGIApp:
             status_code=200 if ready else 503,
         )
 
-    async def ask(handle: Any, until: float) -> dict[str, int]:
-        return dict(await call(handle.health, until))
-
-    @api.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        names = (settings.policy_name, settings.reward_name)
+    async def models(self) -> dict[str, Any]:
+        """The names of what is served."""
+        names = (self._settings.policy_name, self._settings.reward_name)
         return {
             "object": "list",
             "data": [{"id": name, "object": "model", "created": 0, "owned_by": "psycho"} for name in names],
         }
 
-    @api.post("/v1/chat/completions", response_model=None)
-    async def chat(request: ChatRequest) -> Response:
+    async def chat(self, request: ChatRequest) -> Response:
         """A draft of a response to the conversation."""
-        check_model(request.model, settings.policy_name)
-        until = deadline()
+        settings = self._settings
+        _check_model(request.model, settings.policy_name)
+        until = self._deadline()
         asked = ChatCall(
             messages=conversation(request.messages, settings.system_prompt),
             temperature=settings.temperature if request.temperature is None else request.temperature,
@@ -142,46 +148,54 @@ def build_api(settings: Settings, policy: Any, reward: Any) -> ASGIApp:
         )
         reply = Reply(settings.policy_name)
         if not request.stream:
-            async with chats.slot(until):
-                return JSONResponse(reply.whole(await call(policy.chat, until, asked)))
-        parts = admitted(asked, until)
+            async with self._chats.slot(until):
+                return JSONResponse(reply.whole(await call(self._policy.chat, until, asked)))
+        parts = self._admitted(asked, until)
         first = await anext(parts)  # an error before the first word still has its own status
         with_usage = request.stream_options is not None and request.stream_options.include_usage
-        return EventStream(events(reply, first, parts, with_usage), headers={"cache-control": "no-cache"})
+        return EventStream(_events(reply, first, parts, with_usage), headers={"cache-control": "no-cache"})
 
-    async def admitted(asked: ChatCall, until: float) -> AsyncGenerator[Delta, None]:
-        async with chats.slot(until):
-            parts = stream(streams.stream, until, asked)
+    async def score(self, request: ScoreRequest) -> dict[str, Any]:
+        """The reward model's bare logit of each conversation; only differences mean something."""
+        _check_model(request.model, self._settings.reward_name)
+        until = self._deadline()
+        conversations = [item.conversation(self._settings.system_prompt) for item in request.items()]
+        async with self._scorings.slot(until):
+            scores: Scores = await call(self._reward.score, until, conversations)
+        return score_body(self._settings.reward_name, scores, single=request.inputs is None)
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._settings.request_timeout_s
+
+    async def _admitted(self, asked: ChatCall, until: float) -> AsyncGenerator[Delta, None]:
+        async with self._chats.slot(until):
+            parts = stream(self._streams.stream, until, asked)
             try:
                 async for part in parts:
                     yield part
             finally:
                 await parts.aclose()
 
-    async def events(
-        reply: Reply, first: Delta, parts: AsyncGenerator[Delta, None], with_usage: bool
-    ) -> AsyncGenerator[str, None]:
-        try:
-            last = first
-            yield reply.chunk(first, first=True)
-            async for last in parts:
-                yield reply.chunk(last, first=False)
-            if with_usage:
-                yield reply.usage_chunk(last)
-            yield DONE
-        except ApiError as error:  # too late for a status
-            yield event(error.body())
-        finally:
-            await parts.aclose()
 
-    @api.post("/v1/score")
-    async def score(request: ScoreRequest) -> dict[str, Any]:
-        """The reward model's bare logit of each conversation; only differences mean something."""
-        check_model(request.model, settings.reward_name)
-        until = deadline()
-        conversations = [item.conversation(settings.system_prompt) for item in request.items()]
-        async with scorings.slot(until):
-            scores: Scores = await call(reward.score, until, conversations)
-        return score_body(settings.reward_name, scores, single=request.inputs is None)
+def _check_model(asked: str | None, served: str) -> None:
+    if asked is not None and asked != served:
+        message = f"there is no such model here; this endpoint serves {served}"
+        raise ApiError(404, message, "model_not_found", "model")
 
-    return Guard(api, settings.key_digest)
+
+async def _events(
+    reply: Reply, first: Delta, parts: AsyncGenerator[Delta, None], with_usage: bool
+) -> AsyncGenerator[str, None]:
+    """Server-sent events of an answer."""
+    try:
+        last = first
+        yield reply.chunk(first, first=True)
+        async for last in parts:
+            yield reply.chunk(last, first=False)
+        if with_usage:
+            yield reply.usage_chunk(last)
+        yield DONE
+    except ApiError as error:  # too late for a status
+        yield event(error.body())
+    finally:
+        await parts.aclose()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -36,6 +37,12 @@ CLEANED = pa.schema(
     ]
 )
 HUGE = 50  # times speeches.max_chars: not worth cleaning
+_PLAIN_ID = re.compile(
+    r"(?:(?:[a-z]|row|id|item|case|post|thread|speech|question|query|sample|session|conversation|conv|dialog|dialogue|"
+    r"text|record|example|entry|train|dev|test|eval)[-_ .:/#]?)?\d{1,6}"
+    r"|(?=\d*[a-f])[0-9a-f]{16,128}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+    re.ASCII | re.IGNORECASE,
+)
 _MARKS = str.maketrans(
     {
         **dict.fromkeys("\u2018\u2019\u201a\u02bc\u2032", "'"),
@@ -57,7 +64,7 @@ class Cleaned:
     table: pa.Table
     keys: npt.NDArray[np.uint64]
     signature: npt.NDArray[np.uint32]
-    counts: dict[str, Counter[str]] = field(default_factory=dict)  # personal_data, languages
+    counts: dict[str, Counter[str]] = field(default_factory=dict)  # personal_data, languages, ids
 
 
 def plain_text(text: str) -> str:
@@ -76,14 +83,9 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def clean_text(text: str) -> str:
-    """`plain_text` on one line."""
-    return one_line(plain_text(text))
-
-
 def clean_batch(rows: Sequence[RawSpeech], config: SpeechesConfig, seed: int) -> Cleaned:
     """Clean each row; none is lost: it has a text that fits, or a reason."""
-    counts: dict[str, Counter[str]] = {"personal_data": Counter(), "languages": Counter()}
+    counts: dict[str, Counter[str]] = {"personal_data": Counter(), "languages": Counter(), "ids": Counter()}
     cleaned = [_clean(row, config, counts) for row in rows]
     fitting = [row for row in cleaned if row["reason"] is None]
     keys = [
@@ -130,7 +132,19 @@ def _clean(row: RawSpeech, config: SpeechesConfig, counts: dict[str, Counter[str
     if reason is not None:
         return _left_out(row, reason)
     counts["personal_data"] += found
-    return _kept(row, texts, turns)
+    given = row.id
+    if given is not None and config.mask_personal_data and not is_plain_id(given):
+        given = stable_id("given id", given)
+        counts["ids"]["replaced"] += 1
+    return _kept(row._replace(id=given), texts, turns)
+
+
+def is_plain_id(given: str) -> bool:
+    """True for an id that is of a row and of nobody: a short number, also behind a word like row, or a long hash.
+
+    An e-mail, a name, a handle or a number as long as a telephone's is none of these, and so is anything unknown.
+    """
+    return bool(_PLAIN_ID.fullmatch(given))
 
 
 def _kept(row: RawSpeech, texts: list[str], turns: list[Turn]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from datasketch import MinHash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from psycho.speeches.pool import open_cut
+
 PERMUTATIONS = 128
 SHINGLE_WORDS = 3
 _WORDS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]|[\w']+")
@@ -67,14 +69,14 @@ def band_keys(signature: npt.NDArray[np.uint32], bands: int, rows: int) -> Matri
 
 
 class NearIndex:
-    """Band keys and sketches of many rows, appended to files below `folder`."""
+    """Band keys and sketches of many rows, appended to files below `folder`, behind the first `rows` that lie there."""
 
-    def __init__(self, folder: Path, threshold: float) -> None:
+    def __init__(self, folder: Path, threshold: float, rows: int = 0) -> None:
         self.bands, self.rows = banding(threshold)
         self._threshold = threshold
         self._folder = folder
-        self._files = [(folder / f"band-{band}.bin").open("wb") for band in range(self.bands)]
-        self._sketches = (folder / "sketches.bin").open("wb")
+        self._files = [open_cut(folder / f"band-{band}.bin", rows * 8) for band in range(self.bands)]
+        self._sketches = open_cut(folder / "sketches.bin", rows * PERMUTATIONS)
 
     def add(self, signature: npt.NDArray[np.uint32]) -> None:
         """Append rows."""
@@ -82,6 +84,11 @@ class NearIndex:
         for band, file in enumerate(self._files):
             file.write(np.ascontiguousarray(keys[:, band]).tobytes())
         self._sketches.write(signature.astype(np.uint8).tobytes())
+
+    def flush(self) -> None:
+        """Hand what was added to the system."""
+        for file in (*self._files, self._sketches):
+            file.flush()
 
     def close(self) -> None:
         """No more rows."""

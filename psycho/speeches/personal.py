@@ -167,10 +167,15 @@ def _name(*excluded: str) -> str:
     return rf"(?!(?:{stop})\b)(?:\p{{Lu}}['’])?\p{{Lu}}\p{{Ll}}+(?:-\p{{Lu}}\p{{Ll}}+)?"
 
 
+def _further(name: str) -> str:
+    """Up to two more names after a first one, with initials between them."""
+    return rf"(?:\s+(?:\p{{Lu}}\.\s+)?{name}){{0,2}}\b"
+
+
 @cache
 def _full_name() -> Any:
     name = _name("not_names", "seldom_names")
-    return regex.compile(rf"\b(?P<first>{name})(?:\s+(?:\p{{Lu}}\.\s+)?{name}){{0,2}}\b")
+    return regex.compile(rf"\b(?P<first>{name}){_further(name)}")
 
 
 def _patterns(*expressions: str) -> list[Pattern]:
@@ -179,7 +184,7 @@ def _patterns(*expressions: str) -> list[Pattern]:
 
 def _name_patterns() -> list[Pattern]:
     name = _name("not_names")
-    full = rf"{name}(?:\s+(?:\p{{Lu}}\.\s+)?{name}){{0,2}}\b"
+    full = name + _further(name)
     people = (
         "husband|wife|son|daughter|brother|sister|boyfriend|girlfriend|fianc[eé]e?|partner|ex|friend|mom|mum|mother|dad|"
         "father|boss|manager|therapist|counsell?or|psychiatrist|psychologist|cousin|aunt|uncle|nephew|niece|roommate|"
@@ -198,7 +203,7 @@ def _name_patterns() -> list[Pattern]:
 
 def _signature_patterns() -> list[Pattern]:
     name = _name("not_names")
-    full = rf"{name}(?:\s+(?:\p{{Lu}}\.\s+)?{name}){{0,2}}\b"
+    full = name + _further(name)
     closing = (
         "best(?: wishes| regards)?|kind regards|warm regards|warmly|regards|sincerely|yours(?: sincerely| truly)?|"
         "respectfully|thanks(?: so much| a lot| again| in advance)?|thank you(?: so much)?|many thanks|cheers|love|"

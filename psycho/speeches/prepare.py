@@ -1,8 +1,9 @@
 """From the rows of a source to `speeches/`, in two passes and in flat memory.
 
 The first pass cleans batches (here, or on a cluster's workers), writes them to shards of clean rows, and keeps a few
-numbers a row in files. Those numbers alone decide what is a duplicate and what is held out. The second pass streams the
-shards into the final ones and the rows left out into the quarantine. Text is never stored before it was masked.
+numbers a row in files (`pool.py`; an interrupted pass goes on behind its last shard). Those numbers alone decide what
+is a duplicate and what is held out. The second pass streams the shards into the final ones and the rows left out into
+the quarantine. Text is never stored before it was masked.
 """
 
 from __future__ import annotations
@@ -21,30 +22,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from psycho import storage
 from psycho.config import SpeechesConfig
 from psycho.errors import BadInput
-from psycho.run import QuarantineFile, StageResult
+from psycho.run import QuarantineFile, StageResult, content_key
 from psycho.schema import CLIENT_SPEECH
-from psycho.speeches.clean import CLEANED, Cleaned, clean_batch
+from psycho.speeches.clean import Cleaned, clean_batch
+from psycho.speeches.pool import Pool
 from psycho.speeches.read import RawSpeech, read_speeches
 from psycho.speeches.select import EXACT, KEPT, NEAR, OVER_LIMIT, SAME_ID, exact_duplicates, hold_out, over_limit
+from psycho.speeches.source import fingerprint
 from psycho.speeches.topics import coarse_counts
 
 BATCH_ROWS = 128
-SHARD_ROWS = 20_000
 HUGE_CHARS = 1_000_000  # a text that goes no further than the reader
 Batches = Iterator[list[RawSpeech]]
 CleanAll = Callable[[Batches], Iterable[Cleaned]]
 
 
-def prepare_speeches(config: SpeechesConfig, seed: int, partial: str, clean_all: CleanAll | None = None) -> StageResult:
+def prepare_speeches(
+    config: SpeechesConfig,
+    seed: int,
+    partial: str,
+    clean_all: CleanAll | None = None,
+    on_resume: Callable[[int], None] | None = None,
+) -> StageResult:
     """Write the speeches of the configured source as Parquet shards into `speeches` below the folder `partial`.
 
     Args:
         clean_all: cleans batches, in their order; in this process by default.
+        on_resume: told how many rows an interrupted run had cleaned, where it had any and `partial` is local.
 
     Raises:
         BadInput: the source cannot be used, or too little of it is left for a train and an evaluation split.
@@ -54,7 +62,7 @@ def prepare_speeches(config: SpeechesConfig, seed: int, partial: str, clean_all:
 
         check_languages(config.languages)
     with _work_folder(partial) as work:
-        return _prepare(config, seed, partial, work, clean_all)
+        return _prepare(config, seed, partial, work, clean_all, on_resume)
 
 
 @contextmanager
@@ -65,18 +73,25 @@ def _work_folder(partial: str) -> Iterator[Path]:
             yield Path(folder)
         return
     folder = storage.join(partial, "work")
-    storage.remove(folder)  # an interrupted one begins anew
-    try:
-        yield Path(storage.resolve(folder)[1])
-    finally:
-        storage.remove(folder)
+    yield Path(storage.resolve(folder)[1])
+    storage.remove(folder)  # that of an interrupted run stays, for the next one to go on from
 
 
-def _prepare(config: SpeechesConfig, seed: int, partial: str, work: Path, clean_all: CleanAll | None) -> StageResult:
+def _prepare(
+    config: SpeechesConfig,
+    seed: int,
+    partial: str,
+    work: Path,
+    clean_all: CleanAll | None,
+    on_resume: Callable[[int], None] | None,
+) -> StageResult:
     notes: Counter[str] = Counter()
     clean_all = clean_all or (lambda batches: (clean_batch(batch, config, seed) for batch in batches))
-    pool = _Pool(work, config)
-    for cleaned in clean_all(_batches(read_speeches(config, notes), config)):
+    pool = Pool(work, config, content_key(config.model_dump(mode="json"), seed, fingerprint(config)))
+    if pool.rows and on_resume:
+        on_resume(pool.rows)
+    rows = islice(read_speeches(config, notes), pool.rows, None)
+    for cleaned in clean_all(_batches(rows, config)):
         pool.add(cleaned)
     pool.close()
     if not pool.rows:
@@ -93,6 +108,7 @@ def _prepare(config: SpeechesConfig, seed: int, partial: str, work: Path, clean_
         "duplicates": {"exact": int((decision.state == EXACT).sum()), "near": int((decision.state == NEAR).sum())},
         "left_out": dict(reasons.most_common()),
         "topics": coarse_counts(topics.elements()) if config.topic_column else {},
+        **({"ids_replaced": pool.counts["ids"]["replaced"]} if config.id_column else {}),
         **notes,
     }
     quarantine = QuarantineFile(left_out, pool.rows - kept)
@@ -113,55 +129,6 @@ def _batches(rows: Iterable[RawSpeech], config: SpeechesConfig) -> Batches:
         yield batch
 
 
-class _Pool:
-    """Cleaned rows on disk: their text in shards, and four numbers and band keys a fitting row in files."""
-
-    def __init__(self, work: Path, config: SpeechesConfig) -> None:
-        self.rows = 0
-        self.counts: dict[str, Counter[str]] = {"personal_data": Counter(), "languages": Counter()}
-        self.near = None
-        self._work, self._shards, self._waiting = work, 0, [CLEANED.empty_table()]
-        work.mkdir(parents=True, exist_ok=True)
-        self._keys = (work / "keys.bin").open("wb")
-        if config.near_duplicates != "ignore":
-            from psycho.speeches.near import NearIndex
-
-            self.near = NearIndex(work, config.near_threshold)
-
-    def add(self, cleaned: Cleaned) -> None:
-        """Append a batch."""
-        self.rows += cleaned.table.num_rows
-        fitting = cleaned.table["row"].filter(pa.compute.is_null(cleaned.table["reason"])).to_numpy()
-        self._keys.write(np.column_stack([cleaned.keys, fitting.astype(np.uint64)]).tobytes())
-        if self.near:
-            self.near.add(cleaned.signature)
-        for name, counts in cleaned.counts.items():
-            self.counts[name].update(counts)
-        self._waiting.append(cleaned.table)
-        if sum(table.num_rows for table in self._waiting) >= SHARD_ROWS:
-            self._flush()
-
-    def close(self) -> None:
-        """No more rows."""
-        self._flush()
-        self._keys.close()
-        if self.near:
-            self.near.close()
-
-    def keys(self) -> npt.NDArray[np.uint64]:
-        """[fitting rows, 4]: hash of the text, of the id, place in the order of the split, row number."""
-        return np.fromfile(self._work / "keys.bin", np.uint64).reshape(-1, 4)
-
-    def shards(self) -> Iterator[pa.Table]:
-        """The cleaned rows in order."""
-        for number in range(self._shards):
-            yield pq.read_table(self._work / f"clean-{number:05d}.parquet")
-
-    def _flush(self) -> None:
-        pq.write_table(pa.concat_tables(self._waiting), self._work / f"clean-{self._shards:05d}.parquet")
-        self._shards, self._waiting = self._shards + 1, [CLEANED.empty_table()]
-
-
 @dataclass(frozen=True)
 class _Decision:
     """What becomes of the fitting rows, one entry each: its state, its cluster's first, the split, its row number."""
@@ -172,7 +139,7 @@ class _Decision:
     row: npt.NDArray[np.uint64]
 
 
-def _decide(pool: _Pool, config: SpeechesConfig) -> _Decision:
+def _decide(pool: Pool, config: SpeechesConfig) -> _Decision:
     keys = pool.keys()
     state = exact_duplicates(keys[:, 0], keys[:, 1])
     places = np.arange(len(keys))
@@ -196,7 +163,7 @@ def _decide(pool: _Pool, config: SpeechesConfig) -> _Decision:
 
 
 def _write(
-    pool: _Pool, decision: _Decision, config: SpeechesConfig, target: str, quarantine: Path
+    pool: Pool, decision: _Decision, config: SpeechesConfig, target: str, quarantine: Path
 ) -> tuple[Counter[str], Counter[str]]:
     """Write the final shards and the quarantine; count topics of kept rows and kinds of reasons of the others."""
     topics: Counter[str] = Counter()

@@ -66,17 +66,21 @@ def outlived(log: Path) -> None:
         time.sleep(0.1)
 
 
+def check_rerun(root: Path, answers: Path, before: int) -> None:
+    """The same run once more ends well, and asks for little again of what was made before it."""
+    again = drive(root, "nobody", answers)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert whole(answers)
+    twice = sum(made(root).values()) - COUNT
+    assert twice <= AGAIN * before
+    assert f"resumed {before - twice}" in again.stdout
+
+
 def test_the_driver_is_killed_and_a_rerun_goes_on(tmp_path: Path) -> None:
     killed = drive(tmp_path, "driver")
     assert killed.returncode == -signal.SIGKILL
     outlived(tmp_path / "log")
-    before = sum(made(tmp_path).values())
-    again = drive(tmp_path, "nobody")
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert whole(tmp_path / "answers")
-    twice = sum(made(tmp_path).values()) - COUNT
-    assert twice <= AGAIN * before
-    assert f"resumed {before - twice}" in again.stdout
+    check_rerun(tmp_path, tmp_path / "answers", sum(made(tmp_path).values()))
 
 
 @pytest.fixture
@@ -99,12 +103,7 @@ def test_the_disk_is_full_and_a_rerun_with_more_room_goes_on(tmp_path: Path, sma
     before = sum(made(tmp_path).values())
     assert 50 < before < COUNT
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    again = drive(tmp_path, "nobody", small_disk / "answers")
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert whole(small_disk / "answers")
-    twice = sum(made(tmp_path).values()) - COUNT
-    assert twice <= AGAIN * before
-    assert f"resumed {before - twice}" in again.stdout
+    check_rerun(tmp_path, small_disk / "answers", before)
 
 
 # The real command on real engines

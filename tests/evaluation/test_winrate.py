@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from psycho.evaluation.winrate import (
-    fit_logistic,
-    length_controlled_win_rate,
-    length_term,
-    paired_difference,
-    win_rate,
-)
+from psycho.evaluation.winrate import fit_logistic, length_controlled_win_rate, length_term, win_rate
 
 DATA_SETS = 300
 NO_RIDGE = np.zeros(2)
@@ -187,52 +181,6 @@ def test_length_term_is_scaled_but_not_centred() -> None:
     np.testing.assert_array_equal(length_term([5, 5], [5, 5]), [0.0, 0.0])
 
 
-def test_paired_difference_covers_and_gains_from_pairing() -> None:
-    ids = np.repeat(np.arange(60), 3)
-    a = clustered_outcomes(9, 0.8, 60, 3, 0.3)
-    worse = np.random.default_rng(10).random(a.shape) < 0.125
-    b = np.where(worse, 0.0, a)
-    found = [paired_difference(x, y, ids) for x, y in zip(a, b, strict=True)]
-    assert np.mean([f["low"] <= 0.1 <= f["high"] for f in found]) >= 0.92
-    single = win_rate(a[0], ids)
-    assert found[0]["high"] - found[0]["low"] < single["high"] - single["low"]
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2, st.integers(0, 6)), min_size=1, max_size=40))
-def test_paired_difference_is_that_of_the_rates_with_width(rows: list[tuple[float, float, int]]) -> None:
-    a, b, ids = (list(column) for column in zip(*rows, strict=True))
-    found = paired_difference(a, b, ids)
-    assert found["n"] == len(rows)
-    assert found["difference"] == pytest.approx(win_rate(a, ids)["rate"] - win_rate(b, ids)["rate"])
-    assert -1 <= found["low"] <= found["difference"] <= found["high"] <= 1
-    assert found["high"] - found["low"] > 0.05
-    mirrored = paired_difference(b, a, ids)
-    assert (mirrored["low"], mirrored["high"]) == pytest.approx((-found["high"], -found["low"]))
-
-
-def test_paired_interval_is_statsmodels_clustered_one_with_many_speeches() -> None:
-    rng = np.random.default_rng(11)
-    ids = np.repeat(np.arange(2000), 2)
-    a, b = np.repeat(rng.random(2000).round(), 2), rng.random(4000).round()
-    fit = sm.OLS(a - b, np.ones(4000)).fit(cov_type="cluster", cov_kwds={"groups": ids})
-    found = paired_difference(a, b, ids)
-    assert (found["low"], found["high"]) == pytest.approx(fit.conf_int()[0], abs=5e-4)
-
-
-def test_paired_interval_where_the_policies_always_do_alike() -> None:
-    same = paired_difference([1.0] * 50, [1.0] * 50, np.arange(50))
-    assert same["difference"] == 0
-    assert same["high"] == -same["low"]
-    assert 0.02 < same["high"] < 0.06
-    assert paired_difference([1.0] * 9, [0.0] * 9, ["a"] * 9) == {
-        "n": 9,
-        "difference": 1.0,
-        "low": -1.0,
-        "high": 1.0,
-    }
-
-
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         win_rate([1.5], ["a"])
@@ -244,5 +192,3 @@ def test_bad_input_is_refused() -> None:
         length_controlled_win_rate([1.0, 0.0], [1, 2], [1], ["a", "b"])
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         length_controlled_win_rate([1.0, -1.0], [1, 2], [1, 2], ["a", "b"])
-    with pytest.raises(ValueError, match="1 outcomes of a but 2 of b"):
-        paired_difference([1.0], [1.0, 0.0], ["a"])

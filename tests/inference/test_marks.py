@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from psycho.inference.marks import loops, mark, refuses, split_reasoning
 from psycho.nano.grammar import sample_response, sample_speech
@@ -80,6 +82,32 @@ def test_a_loop(text):
 )
 def test_what_is_no_loop(text):
     assert not loops(text)
+
+
+def loops_slowly(text: str) -> bool:
+    """What `loops` says of itself, tried at every place."""
+    words = text.split()
+    for unit in range(1, 31):
+        more = max(3 * unit, 12 - unit)  # words that follow the first unit and repeat it
+        for start in range(len(words)):
+            piece = words[start : start + unit + more]
+            if len(piece) == unit + more and len(words) >= 4 * unit and piece[unit:] == piece[:-unit]:
+                return True
+    pieces = (text[start : start + unit] for unit in range(1, 21) for start in range(len(text)))
+    return any(len(p) and not p[0].isspace() and p * 12 in text for p in set(pieces))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.text("ab \n", max_size=9),
+    st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=8).map(" ".join),
+    st.sampled_from(["", " ", ". "]),
+    st.integers(0, 14),
+    st.text("ab \n", max_size=30),
+)
+def test_loops_are_those_of_the_slow_and_obvious_way(before, unit, between, times, after):
+    text = before + (unit + between) * times + after
+    assert loops(text) == loops_slowly(text)
 
 
 def test_marks_and_what_stands_where_two_fit():

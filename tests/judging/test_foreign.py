@@ -54,7 +54,9 @@ class Steered:
             parts = spans[index] if spans else []
             means = tuple(-10.0 if "Rate" in part else -1.0 for part in parts)
             floors = tuple(-12.0 if "Rate" in part else -2.0 for part in parts)
-            found.append(Completion(text=dump(ratings), span_floors=floors, span_means=means))
+            found.append(
+                Completion(dump(ratings), prompt_tokens=10, output_tokens=7, span_floors=floors, span_means=means)
+            )
         return found
 
     @staticmethod
@@ -74,6 +76,12 @@ def test_foreign_text_does_not_raise_a_rating():
     )
     assert floored and attacked.ratings == clean.ratings | {"clarity": 1}
     assert worker.prompts[-1] == f"I feel lost.\nReply: {CLEAN}"
+
+
+def test_a_second_rating_is_counted_with_the_first():
+    texts = [CLEAN, CLEAN + FOREIGN]
+    rated = rate_single(Steered(), judge(), [("I feel lost.", text) for text in texts], [1, 2])
+    assert [(done.prompt_tokens, done.output_tokens) for *_, done in rated] == [(10, 7), (20, 14)]
 
 
 def test_without_a_floor_nothing_is_foreign():

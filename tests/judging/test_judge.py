@@ -61,7 +61,7 @@ class FakeWorker:
             self.tries[prompt] = self.tries.get(prompt, 0) + 1
             given = self.reply(prompt, self.tries[prompt])
             if isinstance(given, str):
-                given = Completion(text=given, output_tokens=7, span_floors=self.floors if spans else ())
+                given = Completion(given, prompt_tokens=9, output_tokens=7, span_floors=self.floors if spans else ())
             answers.append(given)
         return answers
 
@@ -95,6 +95,12 @@ def test_an_answer_that_never_parses_is_left_out_with_a_reason(retries):
     row = rating_row(REQUEST, judge(), *rated[1])
     assert row["error"] == FAILED and row["overall"] is None
     assert all(row[f"{stem}_rating"] is None and row[f"{stem}_evidence"] is None for stem in STEMS)
+
+
+def test_retries_are_counted_in_tokens():
+    worker = FakeWorker(lambda prompt, n: TORN if "reply 1" in prompt and n <= 2 else dump(ratings(2)))
+    rated = rate_single(worker, judge(retries=3), ITEMS[:2], [1, 2])
+    assert [(done.prompt_tokens, done.output_tokens) for *_, done in rated] == [(9, 7), (27, 21)]
 
 
 REQUEST = {"request_id": "r", "speech_id": "s", "split": "train", "model": "m", "question": "q", "response": "a"}

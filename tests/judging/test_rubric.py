@@ -140,6 +140,17 @@ def test_prompts_of_one_speech_share_all_up_to_the_response():
     assert one[0] == other[0] and one[1]["content"].split("REPLY A")[0] == other[1]["content"].split("REPLY B")[0]
 
 
+@pytest.mark.parametrize("mode", ["evidence", "direct"])
+def test_little_follows_a_response(mode):
+    """What follows it is read anew for every response, so how to answer stands before, with what is shared."""
+    prompt = single_prompt("SPEECH", "REPLY", "rubric", mode=mode)
+    assert prompt[1]["content"].endswith("REPLY\n</response>\n\nRate the response.")
+    assert ("JSON" if mode == "evidence" else "7 digits") in prompt[0]["content"]
+    pair = pair_prompt("SPEECH", "ONE", "OTHER")
+    assert pair[1]["content"].endswith("OTHER\n</second_response>\n\nRate both responses.")
+    assert "first and second" in pair[0]["content"]
+
+
 def test_the_rubric_names_every_principle_and_the_scale():
     text = single_prompt("s", "r", "rubric")[0]["content"]
     assert all(p.name in text and f"({p.stem})" in text for p in PRINCIPLES) and "from 1 to 5" in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,11 +16,12 @@ from typer.testing import CliRunner
 
 import ray_jobs.judge as recipe
 from psycho import storage
-from psycho.config import load_config
-from psycho.inference.worker import Completion
+from psycho.config import EngineConfig, JudgeConfig, load_config
+from psycho.inference.batch import layout
+from psycho.inference.worker import Completion, EngineSpec
 from psycho.job import Job
-from psycho.judging.rows import rating_row
-from psycho.judging.rubric import Rating
+from psycho.judging.rows import JudgeBatch, rating_row
+from psycho.judging.rubric import Rating, answer, dump
 from psycho.principles import STEMS
 from psycho.progress import Progress
 from psycho.run import Run, StageResult
@@ -31,7 +34,7 @@ PANEL = ("judge.mode=panel", "judge.panel=[{model: 'nano:judge'}, {model: 'nano:
 WORDS = "a secret thing that a client said"
 
 
-def answered(responses, folder, stage, arguments, *_):
+def answered(responses, folder, stage, arguments, *_, **__):
     """Every response rated 3, by the second judge of a panel 5; `nano:base` fails where the response says so."""
     judge, rows = arguments["judge"], []
     for row in responses.to_pylist():
@@ -105,6 +108,47 @@ def test_a_panel_is_joined_and_its_quorum_kept(start):
     assert whole["disagreement"] > 0.9 and (partial["status"], partial["disagreement"]) == ("partial", 0)
     assert manifest["disagreement"] == pytest.approx(whole["disagreement"] / 2)
     assert "rated by 0 of 3 judges, the quorum is 2" in storage.read_text(job.run.path("quarantine", "judge.jsonl"))
+
+
+def test_an_engine_has_more_before_it_than_one_batch(start, monkeypatch):
+    """Else its slots stand empty while the longest answers of a batch are written."""
+    given = {}
+
+    def noted(*arguments, **settings):
+        given.update(settings)
+        return answered(*arguments)
+
+    monkeypatch.setattr(recipe, "run_batches", noted)
+    job = start()
+    recipe.judge(job)
+    inference = job.config.inference
+    _, size, batches = layout(2720, inference, given["at_once"])
+    assert batches > 1 and batches * size >= 2 * inference.engine.max_num_seqs
+
+
+def test_batches_are_rated_side_by_side(monkeypatch):
+    """Each waits inside the engine until the other is there too."""
+    meet = threading.Barrier(2, timeout=30)
+
+    class Worker:
+        def __init__(self, spec):
+            pass
+
+        def use(self, model):
+            pass
+
+        def generate(self, prompts, *_):
+            meet.wait()
+            ratings = dict.fromkeys(STEMS, 4)
+            return [Completion(dump(answer(ratings, dict.fromkeys(STEMS, "none"))))] * len(prompts)
+
+    monkeypatch.setattr("psycho.judging.rows.VLLMWorker", Worker)
+    stage = JudgeBatch(EngineSpec(EngineConfig()), "m", JudgeConfig(model="m", template="compact"), None)
+    blank = dict.fromkeys(RESPONSE.names) | {"seed": 1, "response": "Oh", "question": WORDS}
+    batches = [pa.Table.from_pylist([blank | {"request_id": name}]) for name in "ab"]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(stage, batches))
+    assert [table["overall"].to_pylist() for table in found] == [[4.0], [4.0]]
 
 
 def test_earlier_turns_come_along(start):

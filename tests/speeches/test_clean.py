@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psycho.config import SpeechesConfig
-from psycho.speeches.clean import clean_batch, clean_text
+from psycho.speeches.clean import clean_batch, is_plain_id, one_line, plain_text
 from psycho.speeches.read import RawSpeech
 
 SHORT = SpeechesConfig(source="some.csv", min_chars=3, max_chars=12, languages=(), near_duplicates="ignore")
@@ -39,14 +39,14 @@ def cleaned(*texts: Any, **settings: Any) -> list[dict[str, Any]]:
         ("\u0645\u06cc 🙂", "\u0645\u06cc 🙂"),
     ],
 )
-def test_clean_text(text, clean):
-    assert clean_text(text) == clean
+def test_plain_text_on_one_line(text, clean):
+    assert one_line(plain_text(text)) == clean
 
 
 @settings(deadline=None)
 @given(st.text())
-def test_clean_text_is_composed_printable_and_without_double_spaces(text):
-    clean = clean_text(text)
+def test_plain_text_is_composed_printable_and_without_double_spaces(text):
+    clean = one_line(plain_text(text))
     assert unicodedata.is_normalized("NFC", clean)
     assert clean.isprintable() and "  " not in clean and clean == clean.strip()
 
@@ -85,6 +85,22 @@ def test_an_id_is_derived_from_the_clean_text_and_what_came_before_it():
         "it\u2019s", " it's", [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "it's"}]
     )
     assert first["speech_id"] == same["speech_id"] != other["speech_id"]
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        *((given, True) for given in ("7", "row-17", "s42", "speech_000123", "ID#9", "a3f0" * 4)),
+        ("6ba7b810-9dad-11d1-80b4-00c04fd430c8", True),
+        *(
+            (given, False)
+            for given in ("a@b.org", "Anna", "anna17", "berg-1980", "6175550123", "617-555-0123", "t3_x1")
+        ),
+        *((given, False) for given in ("4111111111111111", "row-17 Anna", "row-17\n", "\u0661\u0662", "")),
+    ],
+)
+def test_an_id_is_of_a_row_or_may_be_somebodys(given, plain):
+    assert is_plain_id(given) is plain
 
 
 def test_a_row_left_out_for_its_length_after_masking():

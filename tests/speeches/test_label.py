@@ -75,9 +75,11 @@ def test_an_unknown_model_is_a_sentence(tmp_path, capsys):
 def test_topics_reach_the_speeches_and_the_manifest(tmp_path, monkeypatch):
     asked: list[pa.Table] = []
 
-    def answer(requests: pa.Table, folder: str, stage: type, arguments: dict[str, Any], *_: Any) -> list[pa.Table]:
+    def answer(
+        requests: pa.Table, folder: str, stage: type, arguments: dict[str, Any], *_: Any, at_once: int
+    ) -> list[pa.Table]:
         asked.append(requests)
-        assert stage is TopicBatch and arguments["model"].endswith("skilled")
+        assert at_once > 128 and stage is TopicBatch and arguments["model"].endswith("skilled")
         topics = ["sleep"] * (requests.num_rows - 1) + [""]
         return [pa.table({"request_id": requests["request_id"], "topic": topics}).slice(i, 1) for i in range(6)]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -18,9 +20,10 @@ from psycho.config import SpeechesConfig
 from psycho.errors import BadInput
 from psycho.run import StageResult
 from psycho.schema import CLIENT_SPEECH
+from psycho.speeches import pool as pooling
 from psycho.speeches import prepare as preparing
-from psycho.speeches.clean import clean_batch
-from psycho.speeches.prepare import BATCH_ROWS, prepare_speeches
+from psycho.speeches.clean import Cleaned, clean_batch
+from psycho.speeches.prepare import BATCH_ROWS, Batches, CleanAll, prepare_speeches
 
 COUNSEL_CHAT = Path(__file__).parents[3] / "shared" / "data" / "counsel_chat_questions.csv"
 SENTENCE = "the day my mother left and then I could not sleep for weeks because of all that was said at night"
@@ -91,10 +94,10 @@ def test_near_duplicates_that_stay_share_a_cluster_and_a_side(tmp_path):
 def test_ids_limit_and_topics(tmp_path):
     texts = distinct(6)
     labels = ["sleep", "Depression", "nonsense", "sleep", "sleep", "sleep"]
-    ids = ["a", "b", "a", "c", "d", "e"]
+    ids = ["1", "row-2", "1", "s3", "4", "5"]
     write(tmp_path, [{"question": t, "key": i, "label": x} for t, i, x in zip(texts, ids, labels, strict=True)])
     result, speeches, left_out = prepared(tmp_path, id_column="key", topic_column="label", limit=4)
-    assert [row["speech_id"] for row in speeches] == ["a", "b", "c", "d"]
+    assert [row["speech_id"] for row in speeches] == ["1", "row-2", "s3", "4"]
     assert [row["topic"] for row in speeches] == ["sleep", "low_mood", "sleep", "sleep"]
     assert left_out == [{"row": 3, "reason": "id used twice"}, {"row": 6, "reason": "over speeches.limit 4"}]
     assert result.extra["topics"] == {"body": 3, "mood": 1}
@@ -135,13 +138,13 @@ def test_shards_and_batches_leave_no_trace(tmp_path_factory, data):
     whole = prepared(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "BATCH_ROWS", data.draw(st.integers(1, 9)))
-        patch.setattr(preparing, "SHARD_ROWS", data.draw(st.integers(1, 30)))
+        patch.setattr(pooling, "SHARD_ROWS", data.draw(st.integers(1, 30)))
         assert prepared(folder)[1:] == whole[1:]
 
 
 def test_what_an_interrupted_run_left_is_not_mixed_in(tmp_path, monkeypatch):
     write(tmp_path, distinct(50))
-    monkeypatch.setattr(preparing, "SHARD_ROWS", 10)
+    monkeypatch.setattr(pooling, "SHARD_ROWS", 10)
     monkeypatch.setattr(preparing, "BATCH_ROWS", 10)
     real = storage.write_rows
 
@@ -156,6 +159,76 @@ def test_what_an_interrupted_run_left_is_not_mixed_in(tmp_path, monkeypatch):
     write(tmp_path, distinct(12, seed=1))
     _, speeches, _ = prepared(tmp_path)
     assert len(speeches) == 12
+
+
+@pytest.mark.parametrize("stop_after", [0, 3, 27, 60])
+def test_an_interrupted_run_goes_on_behind_its_last_shard(tmp_path, monkeypatch, stop_after):
+    """Nothing that a shard holds is cleaned again, and the end is that of an unbroken run."""
+    monkeypatch.setattr(pooling, "SHARD_ROWS", 10)
+    monkeypatch.setattr(preparing, "BATCH_ROWS", 4)
+    texts = distinct(54)
+    near = texts[3].rsplit(" ", 2)[0] + " other end"
+    rows = [*texts[:20], "abc", "Write to anna.berg@example.com, please.", *texts[20:], near, texts[5], None, texts[30]]
+    path = write(tmp_path, rows)
+    config = SpeechesConfig(source=str(path), min_chars=5, languages=(), evaluation=20)
+    whole = prepare_speeches(config, 0, str(tmp_path / "whole"))
+    asked: list[int] = []
+    resumed: list[int] = []
+
+    def clean_some(count: int) -> CleanAll:
+        def clean_all(batches: Batches) -> Iterator[Cleaned]:
+            for batch in batches:
+                asked.extend(row.number for row in batch)
+                if len(asked) > count:
+                    raise KeyboardInterrupt
+                yield clean_batch(batch, config, 0)
+
+        return clean_all
+
+    def again(count: int) -> StageResult:
+        return prepare_speeches(config, 0, str(tmp_path / "broken"), clean_some(count), resumed.append)
+
+    with pytest.raises(KeyboardInterrupt):
+        again(min(stop_after, len(rows) - 1))
+    kept = min(stop_after, len(rows) - 1) // 12 * 12  # shards end with a batch of four rows
+    asked.clear()
+    result = again(10**6)
+    assert resumed == ([kept] if kept else [])
+    assert asked == list(range(kept + 1, len(rows) + 1))
+    assert result.extra == whole.extra and result.extra["duplicates"] == {"exact": 2, "near": 1}
+    for name in ("quarantine.jsonl", "speeches"):
+        ends = [tmp_path / folder / name for folder in ("broken", "whole")]
+        first, second = ([f.read_bytes() for f in sorted({end, *end.rglob("*")}) if f.is_file()] for end in ends)
+        assert first == second
+
+
+def test_a_torn_shard_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(pooling, "SHARD_ROWS", 8)
+    monkeypatch.setattr(preparing, "BATCH_ROWS", 4)
+    write(tmp_path, distinct(30))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparing, "_decide", Mock(side_effect=KeyboardInterrupt))
+        prepared(tmp_path)
+    shard = tmp_path / "out" / "work" / "clean-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    _, speeches, _ = prepared(tmp_path)
+    assert [row["question"] for row in speeches] == distinct(30)
+
+
+def test_an_id_that_may_be_somebodys_is_not_stored(tmp_path):
+    ids = ["row-17", "anna.berg@example.com", "102", "anna.berg@example.com", "Anna Berg"]
+    rows = [{"question": t, "key": i} for t, i in zip(distinct(5), ids, strict=True)]
+    write(tmp_path, rows)
+    result, speeches, left_out = prepared(tmp_path, id_column="key")
+    stored = [row["speech_id"] for row in speeches]
+    assert (stored[0], stored[2]) == ("row-17", "102") and result.extra["ids_replaced"] == 3
+    assert left_out == [{"row": 4, "reason": "id used twice"}]
+    files = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(b"anna" in content.lower() for content in files)
+    _, alone, _ = prepared(tmp_path, id_column="key", limit=4)
+    assert [row["speech_id"] for row in alone] == stored, "the same id is replaced by the same"
+    _, as_given, _ = prepared(tmp_path, id_column="key", mask_personal_data=False)
+    assert as_given[1]["speech_id"] == "anna.berg@example.com"
 
 
 def test_too_few_speeches_is_a_sentence(tmp_path):
