@@ -106,6 +106,7 @@ class Pool:
             if state.get("key") != self._key:
                 return begin
             rows = sum(pq.read_metadata(self._shard(number)).num_rows for number in range(state["shards"]))
+            size = (self._work / "keys.bin").stat().st_size
         except (OSError, ValueError):
             return begin
-        return state if rows == state["rows"] else begin
+        return state if rows == state["rows"] and size >= state["fitting"] * _KEYS * 8 else begin

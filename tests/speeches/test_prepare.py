@@ -202,15 +202,16 @@ def test_an_interrupted_run_goes_on_behind_its_last_shard(tmp_path, monkeypatch,
         assert first == second
 
 
-def test_a_torn_shard_is_made_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["clean-00001.parquet", "keys.bin"])
+def test_a_torn_file_begins_anew(tmp_path, monkeypatch, name):
     monkeypatch.setattr(pooling, "SHARD_ROWS", 8)
     monkeypatch.setattr(preparing, "BATCH_ROWS", 4)
     write(tmp_path, distinct(30))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(preparing, "_decide", Mock(side_effect=KeyboardInterrupt))
         prepared(tmp_path)
-    shard = tmp_path / "out" / "work" / "clean-00001.parquet"
-    shard.write_bytes(shard.read_bytes()[:-9])
+    torn = tmp_path / "out" / "work" / name
+    torn.write_bytes(torn.read_bytes()[:-9])
     _, speeches, _ = prepared(tmp_path)
     assert [row["question"] for row in speeches] == distinct(30)
 
