@@ -51,8 +51,10 @@ class RewardModel(nn.Module):
     def __init__(self, model: Any, principles: int = 0) -> None:
         super().__init__()
         self.model = model
-        width = model.config.get_text_config().hidden_size
-        self.principles = nn.Linear(width, principles, dtype=model.dtype) if principles else None
+        self.principles = None
+        if principles:
+            width = model.config.get_text_config().hidden_size
+            self.principles = nn.Linear(width, principles, dtype=model.dtype)
 
     def forward(self, batch: Batch) -> Tensor:
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
