@@ -116,6 +116,7 @@ class Durable:
         if ray.get_runtime_context().was_current_actor_reconstructed:
             storage.append_line(storage.join(folder, _RESTART_LOG), "a worker was started again")
         self._stage, self._folder, self._rows = stage(**arguments), folder, rows
+        self._unwritable: OSError | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         place = storage.join(self._folder, stable_id(*batch["request_id"].to_pylist()))
@@ -131,6 +132,8 @@ class Durable:
     def _answer(self, wanted: pa.Table, place: str) -> None:
         if not wanted.num_rows:
             return
+        if self._unwritable:  # another batch found the disk full: what is made now would be lost, and may cost money
+            raise self._unwritable
         answers = self._stage(wanted)
         if isinstance(answers, pa.Table):
             self._write(answers, place)
@@ -139,7 +142,11 @@ class Durable:
             self._write(pa.Table.from_pylist(rows, schema=self._stage.SCHEMA), place)
 
     def _write(self, table: pa.Table, place: str) -> None:
-        storage.write_rows(table, storage.join(place, f"{uuid.uuid4().hex}.parquet"))
+        try:
+            storage.write_rows(table, storage.join(place, f"{uuid.uuid4().hex}.parquet"))
+        except OSError as error:
+            self._unwritable = error
+            raise
 
 
 def _restarts(folder: str) -> int:

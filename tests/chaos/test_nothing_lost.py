@@ -85,7 +85,7 @@ def test_the_driver_is_killed_and_a_rerun_goes_on(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 KiB: room for over half of the answers, so that the 2 % which may be unwritten are under 5 %."""
+    """A file system of 600 KiB, room for half of the answers: then the 2 % that may be unwritten are under 5 %."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
