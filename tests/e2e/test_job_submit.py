@@ -34,6 +34,8 @@ def head(environment: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]
     port, dashboard = _free_port(), _free_port()
     ray = str(Path(sys.executable).parent / "ray")
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4", "--include-dashboard=true"]
+    # Its default is taken where another Ray runs on the machine, and without the agent no job starts.
+    ports.append(f"--dashboard-agent-listen-port={_free_port()}")
     # A short path: sockets below it may have at most 107 characters.
     process = subprocess.Popen(
         [ray, "start", "--head", "--block", "--disable-usage-stats", "--dashboard-host=127.0.0.1", *ports],
