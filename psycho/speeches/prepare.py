@@ -73,7 +73,11 @@ def _work_folder(partial: str) -> Iterator[Path]:
             yield Path(folder)
         return
     folder = storage.join(partial, "work")
-    yield Path(storage.resolve(folder)[1])
+    try:
+        yield Path(storage.resolve(folder)[1])
+    except BadInput:
+        storage.remove(folder)
+        raise
     storage.remove(folder)  # that of an interrupted run stays, for the next one to go on from
 
 

@@ -9,9 +9,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a worker of Ray Train finds, for a module's tests."""
+    """What a worker of Ray Train finds; one for all tests, since DeepSpeed keeps the first group of a process."""
     import torch
     import torch.distributed as dist
 

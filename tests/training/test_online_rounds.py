@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +18,7 @@ from psycho.config import Config, LoRAConfig, OnlineConfig, TrainingConfig
 from psycho.errors import StageFailed
 from psycho.inference.worker import Completion
 from psycho.training.launch import read_history
-from psycho.training.loop import Trainer, setup_worker
+from psycho.training.loop import Trainer
 from psycho.training.online.engines import Engines
 from psycho.training.online.rollout import Rollout
 from psycho.training.online.rounds import OnlineJob, Rounds
@@ -82,18 +81,7 @@ class Pool:
         return [self.read(model, rows)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "store"
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LOCAL_RANK", "0")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    threads = torch.get_num_threads()
-    setup_worker(TRAINING)
-    yield
-    dist.destroy_process_group()
-    torch.set_num_threads(threads)
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class Tried:
