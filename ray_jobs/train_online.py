@@ -17,7 +17,7 @@ from psycho.run import StageResult
 from psycho.training.launch import launch, read_history
 from psycho.training.online.engines import engines
 from psycho.training.online.rollout import Rollout
-from psycho.training.stage import write_card
+from psycho.training.stage import say_notes, write_card
 from ray_jobs.nano import ensure_nano
 
 
@@ -57,7 +57,9 @@ def train_online(job: Job) -> None:
             task = OnlineJob(config, training, start, work, output, train, dev, rollout)
             launch(online_worker, {"job": task}, training, storage.join(partial, "ray"))
         write_card(output, config, "online", start)
-        return _result(output)
+        result = _result(output)
+        result.extra.update(say_notes(job, "online", output))
+        return result
 
     job.stage("train_online", body)
 

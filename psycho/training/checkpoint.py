@@ -146,23 +146,22 @@ class Best:
 
     def offer(self, loss: float, steps: int, save: Callable[[str], None]) -> None:
         """Keep the present weights where none were better; collective, for all ranks hold the same loss."""
-        file = self._folder / "best.json"
+        file, best = self._folder / "best.json", best_folder(str(self._folder))
         if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["loss"] <= loss:
             return
         dist.barrier()  # all have looked
         aside = self._folder / "best.unfinished"
         save(str(aside))
         if dist.get_rank() == 0:
-            shutil.rmtree(self._folder / "best", ignore_errors=True)
-            aside.rename(self._folder / "best")
+            shutil.rmtree(best, ignore_errors=True)
+            aside.rename(best)
             file.write_text(json.dumps({"loss": loss, "steps": steps}), encoding="utf-8")
         dist.barrier()
 
 
-def best_folder(checkpoints: str) -> Path | None:
-    """Where the best weights of a training lie, once there are any."""
-    folder = Path(checkpoints, "best")
-    return folder if folder.is_dir() else None
+def best_folder(checkpoints: str) -> Path:
+    """Where the best weights of a training lie, once it has met dev pairs."""
+    return Path(checkpoints, "best")
 
 
 def _random_state() -> dict[str, Tensor]:

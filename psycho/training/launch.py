@@ -134,7 +134,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from psycho.training.checkpoint import best_folder
-    from psycho.training.loop import Trainer, setup_worker, write_history
+    from psycho.training.loop import Trainer, setup_worker, write_history, write_notes
 
     training: TrainingConfig = config["training"]
     reporter: Reporter | None = config["reporter"]
@@ -152,23 +152,19 @@ def _train_worker(config: dict[str, Any]) -> None:
             reporter.add(0, 0, "; ".join(trainer.notes))
         history = []
         checkpoints = f"{job.output}.checkpoints"
+        dev = trainer.groups(read_rows(job.dev))[0] if job.dev else []
         if groups:
-            dev = trainer.groups(read_rows(job.dev))[0] if job.dev else []
             history = trainer.fit(groups, job.seed, on_step, job.shuffle, job.references, checkpoints, dev)
-        aside = f"{job.output}.unfinished"
-        best = best_folder(checkpoints) if job.dev else None
-        if best is None:
+        # By what all ranks know, not by what lies there: the first rank moves it while the others may still look.
+        aside = str(best_folder(checkpoints)) if groups and dev else f"{job.output}.unfinished"
+        if not (groups and dev):
             trainer.save(aside)
-        elif trainer.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(best, aside)
         if trainer.rank == 0:
             write_history(aside, history)
             Path(aside, "too_long.json").write_text(json.dumps(too_long), encoding="utf-8")
-            if trainer.notes:
-                Path(aside, "notes.json").write_text(json.dumps(trainer.notes), encoding="utf-8")
+            write_notes(aside, trainer.notes)
             os.replace(aside, job.output)  # a folder of that name is a finished model
-            shutil.rmtree(f"{job.output}.checkpoints", ignore_errors=True)
+            shutil.rmtree(checkpoints, ignore_errors=True)
         dist.barrier()  # the next training may start from it
         trainer.close()
 

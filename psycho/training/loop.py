@@ -269,6 +269,12 @@ def write_history(folder: str, history: list[dict[str, float]]) -> None:
     Path(folder, "training.jsonl").write_text(lines, encoding="utf-8")
 
 
+def write_notes(folder: str, notes: list[str]) -> None:
+    """What the user should hear of a training, for the stage to take."""
+    if notes:
+        Path(folder, "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+
+
 def save_heads(folder: str, heads: dict[str, torch.Tensor]) -> None:
     """The heads of the principles in a folder below the model's: what reads all weights of a folder must not meet
     them, for to everyone else the model is a plain one-label classifier."""

@@ -78,9 +78,19 @@ def train_stage(
     if dev_data:
         storage.remove(dev_data)
     write_card(output, job.config, name, start)
-    for note in json.loads(storage.read_text(storage.join(output, "notes.json")) or "[]"):
+    result = finish(output, rows)
+    result.extra.update(say_notes(job, name, output))
+    return result
+
+
+def say_notes(job: Job, name: str, output: str) -> dict[str, list[str]]:
+    """Tell what the training left for the user to hear, once; for the manifest, empty where there is nothing."""
+    file = storage.join(output, "notes.json")
+    notes = json.loads(storage.read_text(file) or "[]")
+    storage.remove(file)
+    for note in notes:
         job.progress.say(f"  train_{name}: {note}")
-    return finish(output, rows)
+    return {"notes": notes} if notes else {}
 
 
 def dev_rows(job: Job, rows_of: Callable[[Config, pa.Table], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -101,9 +111,7 @@ def dev_rows(job: Job, rows_of: Callable[[Config, pa.Table], list[dict[str, Any]
 def finish(output: str, rows: Sequence[Row]) -> StageResult:
     """Counts of a finished training: what was too long is quarantined by id."""
     too_long = json.loads(storage.read_text(storage.join(output, "too_long.json")) or "[]")
-    notes = json.loads(storage.read_text(storage.join(output, "notes.json")) or "[]")
-    for file in ("too_long.json", "notes.json"):
-        storage.remove(storage.join(output, file))
+    storage.remove(storage.join(output, "too_long.json"))
     quarantine = [{"id": rows[index]["id"], "reason": "over training.max_length"} for index in too_long]
     history = read_history(output)
     last = history[-max(1, len(history) // 10) :]
@@ -117,7 +125,6 @@ def finish(output: str, rows: Sequence[Row]) -> StageResult:
         extra={
             "steps": len(history),
             "final": {k: round(v, 5) for k, v in means.items() if k not in ("step", "lr")},
-            **({"notes": notes} if notes else {}),
         },
     )
 

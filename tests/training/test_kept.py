@@ -73,7 +73,7 @@ def test_without_dev_pairs_the_last_are_kept(one_rank: None, tiny_llama: Callabl
     out = _run(tmp_path, tiny_llama(0))
     history = read_history(str(out))
     assert "dev_loss" not in history[-1]
-    assert best_folder(str(tmp_path / "out.checkpoints")) is None
+    assert not best_folder(str(tmp_path / "out.checkpoints")).exists()
 
 
 def test_best_without_dev_pairs_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from psycho.errors import StageFailed
 from psycho.inference.requests import prompt
 from psycho.schema import stable_seed
 from psycho.training.launch import read_rows
-from psycho.training.loop import Trainer, setup_worker, write_history
+from psycho.training.loop import Trainer, setup_worker, write_history, write_notes
 from psycho.training.online import proof, watch
 from psycho.training.online.clock import Clock
 from psycho.training.online.pairing import round_speeches
@@ -224,6 +224,7 @@ class Rounds:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(self.store.policy(chosen, self.job.policy), aside)
         write_history(aside, [row for index in range(trained) for row in self.store.training(index + 1)["history"]])
+        write_notes(aside, self.trainer.notes)
         Path(aside, "rounds.json").write_text(json.dumps(reports), encoding="utf-8")
         os.replace(aside, self.job.output)
 

@@ -109,7 +109,11 @@ class RoundStore:
 
 
 def save_optimizer(engine: Any, folder: Path) -> None:
-    """Every rank writes its shard of DeepSpeed's state; collective."""
+    """Every rank writes its shard of DeepSpeed's state, frozen weights included; collective.
+
+    `states.gather` holds only what is trained, and a round goes on from a policy with its adapters merged in, to which
+    they must not be added once more.
+    """
     engine.save_checkpoint(str(folder / "optimizer"), tag=_TAG, save_latest=False)
 
 
