@@ -2,8 +2,9 @@
 
 Registered with `transformers`' own attention interface under the name `speech_groups`, so that every model which goes
 through that interface (Llama, Qwen, Mistral, Gemma, ...) works unchanged; the layout of the bin travels as the keyword
-`layout` from the model's call to each layer. On a CPU one causal call per prompt and response is fastest: an explicit
-T x T mask costs a third of the speed at 2,048 tokens and half at 4,096. On a GPU it is FlexAttention with a block mask.
+`layout` from the model's call to each layer. On a CPU calls per prompt and response are fastest (`shared_prompt`, or
+one causal call for both): an explicit T x T mask costs a third of the speed at 2,048 tokens and half at 4,096. On a GPU
+it is FlexAttention with a block mask.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
+
+from psycho.training.shared_prompt import fits, shared_prompt
 
 NAME = "speech_groups"
 Span = tuple[int, int]
@@ -96,32 +99,29 @@ def speech_groups(
         return _causal(query, key, value, dropout, scaling, window).transpose(1, 2), None
     # Cut with `split`: its backward puts the pieces together once, where that of a slice fills a tensor of the whole
     # bin with zeros for every piece.
-    sizes = [size for prompt, responses in layout.groups for size in _sizes(prompt, responses)]
-    pieces = zip(*(t.split(sizes, dim=2) for t in (query, key, value)), strict=True)
-    parts: list[Tensor] = []
-    for prompt, responses in layout.groups:
-        own = [next(pieces) for _ in responses]
-        parts += _group(own, prompt[1] - prompt[0], dropout, scaling, window)
+    sizes = [[end - begin for begin, end in (prompt, *responses)] for prompt, responses in layout.groups]
+    pieces = zip(*(t.split([sum(size) for size in sizes], dim=2) for t in (query, key, value)), strict=True)
+    parts = [_group(*piece, size, dropout, scaling, window) for piece, size in zip(pieces, sizes, strict=True)]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _sizes(prompt: Span, responses: tuple[Span, ...]) -> list[int]:
-    """Tokens of the prompt with the first response, which lie side by side, and of each other response."""
-    (_, first_ends), *others = responses
-    return [first_ends - prompt[0], *(last - first for first, last in others)]
-
-
 def _group(
-    pieces: list[tuple[Tensor, Tensor, Tensor]], prompt: int, dropout: float, scaling: float | None, window: int | None
-) -> list[Tensor]:
-    """Prompt and responses of one group, in order. The prompt's own rows come with the first response."""
-    (query, key, value), *others = pieces
-    found = [_causal(query, key, value, dropout, scaling, window)]
-    heads = [t[:, :, :prompt] for t in (query, key, value)] if others else []
-    for piece in others:
-        query, key, value = (torch.cat(parts, dim=2) for parts in zip(heads, piece, strict=True))
-        found.append(_causal(query, key, value, dropout, scaling, window)[:, :, prompt:])
-    return found
+    query: Tensor, key: Tensor, value: Tensor, sizes: list[int], dropout: float, scaling: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    """One group; `sizes`: tokens of its prompt and of each of its responses."""
+    prompt, first, *others = sizes
+    longest = prompt + max(first, *others, 0)
+    if prompt and others and fits(query, key, value, dropout, window, longest):
+        return shared_prompt(query, key, value, prompt, (first, *others), scaling)
+    # The prompt's own rows come with the first response; with another they are made anew and left out.
+    pieces = zip(*(t.split([prompt + first, *others], dim=2) for t in (query, key, value)), strict=True)
+    found = [_causal(*next(pieces), dropout, scaling, window)]
+    heads = [t[:, :, :prompt] for t in (query, key, value)]
+    for piece in pieces:
+        joined = (torch.cat(parts, dim=2) for parts in zip(heads, piece, strict=True))
+        found.append(_causal(*joined, dropout, scaling, window)[:, :, prompt:])
+    return torch.cat(found, dim=2)
 
 
 def _causal(
