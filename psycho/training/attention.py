@@ -100,8 +100,8 @@ def speech_groups(
     # Cut with `split`: its backward puts the pieces together once, where that of a slice fills a tensor of the whole
     # bin with zeros for every piece.
     sizes = [[end - begin for begin, end in (prompt, *responses)] for prompt, responses in layout.groups]
-    pieces = zip(*(t.split([sum(size) for size in sizes], dim=2) for t in (query, key, value)), strict=True)
-    parts = [_group(*piece, size, dropout, scaling, window) for piece, size in zip(pieces, sizes, strict=True)]
+    cut = (t.split([sum(size) for size in sizes], dim=2) for t in (query, key, value))
+    parts = [_group(q, k, v, size, dropout, scaling, window) for q, k, v, size in zip(*cut, sizes, strict=True)]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -115,12 +115,12 @@ def _group(
     if prompt and others and fits(query, key, value, dropout, window, longest):
         return shared_prompt(query, key, value, prompt, (first, *others), scaling)
     # The prompt's own rows come with the first response; with another they are made anew and left out.
-    pieces = zip(*(t.split([prompt + first, *others], dim=2) for t in (query, key, value)), strict=True)
-    found = [_causal(*next(pieces), dropout, scaling, window)]
     heads = [t[:, :, :prompt] for t in (query, key, value)]
-    for piece in pieces:
-        joined = (torch.cat(parts, dim=2) for parts in zip(heads, piece, strict=True))
-        found.append(_causal(*joined, dropout, scaling, window)[:, :, prompt:])
+    found: list[Tensor] = []
+    for parts in zip(*(t.split([prompt + first, *others], dim=2) for t in (query, key, value)), strict=True):
+        q, k, v = (torch.cat(part, dim=2) for part in zip(heads, parts, strict=True)) if found else parts
+        rows = _causal(q, k, v, dropout, scaling, window)
+        found.append(rows[:, :, prompt:] if found else rows)
     return torch.cat(found, dim=2)
 
 
