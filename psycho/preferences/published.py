@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ Row = Mapping[str, Any]
 RATINGS = tuple(f"{side}_{stem}_rating" for side in ("chosen", "rejected") for stem in STEMS)
 REQUIRED = ("question", "chosen", "rejected", *RATINGS)
 _OPTIONAL = ("ID", "prefID", "chosen_model", "rejected_model", "history", "split")
+_MODELS = ("chosen_model", "rejected_model")
+_MOST_PREF_ID = 2**31 - 1
 _SPLITS = {"train": "train", "test": "test", "eval": "test", "evaluation": "test", "validation": "dev", "dev": "dev"}
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -71,6 +74,12 @@ def read_published(config: PairsConfig, seed: int) -> Published:
         found.pairs.append(_pair(row, number) | {"split": split})
     if not number:
         raise BadInput(f"pairs.source {config.source} holds no rows; give preference pairs in the published schema")
+    if not found.pairs:
+        [(reason, _)] = Counter(row["reason"] for row in found.quarantine).most_common(1)
+        raise BadInput(
+            f"pairs.source {config.source} holds {number:,} rows and none that can be used (most often: {reason}); "
+            "give preference pairs in the published schema"
+        )
     _split(found, config, seed)
     return found
 
@@ -107,6 +116,16 @@ def _reason(row: Row) -> str | None:
     for column in ("question", "chosen", "rejected"):
         if not isinstance(row.get(column), str) or not row[column].strip():
             return f"no text in {column}"
+    for column in (*REQUIRED, *_OPTIONAL):
+        if isinstance(row.get(column), str) and not _can_be_stored(row[column]):
+            return f"half a character in {column}"
+    for column in _MODELS:
+        if not isinstance(row.get(column), str | int | float | None):
+            return f"{column} is no name"
+    try:
+        _history(row)
+    except ValueError:
+        return "history is no list of turns with role and content"
     for column in RATINGS:
         if whole_rating(row.get(column)) is None:
             return f"{column} is not a whole number from {MIN_RATING} to {MAX_RATING}"
@@ -114,6 +133,41 @@ def _reason(row: Row) -> str | None:
         return "same text"
     sums = [sum(whole_rating(row[f"{side}_{stem}_rating"]) or 0 for stem in STEMS) for side in ("chosen", "rejected")]
     return "rejected is rated higher" if sums[0] < sums[1] else None
+
+
+def _can_be_stored(text: str) -> bool:
+    """False for half a surrogate pair, which JSON may hold and UTF-8 not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _history(row: Row) -> str | None:
+    """The earlier turns as JSON, given as a list or as JSON.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    given = row.get("history") or None
+    try:
+        turns = json.loads(given) if isinstance(given, str) else given
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not turns:
+        return None
+    fields = ("role", "content")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in fields) for turn in turns
+    ):
+        raise ValueError("no turns")
+    if isinstance(given, str):
+        return given
+    text = json.dumps([{name: turn[name] for name in fields} for turn in turns], ensure_ascii=False)
+    if not _can_be_stored(text):
+        raise ValueError("half a character")
+    return text
 
 
 def _id_reason(row: Row, ids: dict[str, str]) -> str | None:
@@ -133,16 +187,15 @@ def _pair(row: Row, number: int) -> dict[str, Any]:
     pref = str(row.get("prefID", ""))
     pair = {
         "ID": _speech_id(row),
-        "prefID": int(pref) if pref.isdecimal() else number,
+        "prefID": int(pref) if pref.isdecimal() and int(pref) <= _MOST_PREF_ID else number,
         "question": row["question"],
         "chosen": row["chosen"],
         "rejected": row["rejected"],
-        "chosen_model": row.get("chosen_model") or "unknown",
-        "rejected_model": row.get("rejected_model") or "unknown",
+        **{column: str(row.get(column) or "unknown") for column in _MODELS},
         **ratings,
         "speech_id": _speech_id(row),
         "gap": overall(sides[0]) - overall(sides[1]),
-        "history": row.get("history") or None,
+        "history": _history(row),
     }
     return {name: pair[name] for name in PREFERENCE_PAIR.names}
 
@@ -177,7 +230,9 @@ def _rows(source: str) -> Iterator[tuple[Row, str | None]]:
     for file in files:
         try:
             rows = _read(file)
-        except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error, OSError) as error:
+        except UnicodeDecodeError:
+            raise BadInput(f"{file} is not UTF-8; save it as UTF-8") from None
+        except (pa.ArrowInvalid, csv.Error, OSError) as error:
             kind = type(error).__name__
             raise BadInput(f"{file} cannot be read as {file.suffix} ({kind}); write it again") from None
         named = _named_split(file, Path(source).expanduser())
