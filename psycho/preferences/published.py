@@ -1,6 +1,7 @@
 """Pairs that others published, read in by the columns of PsychoCounsel-Preference, so that a run starts at training.
 
-`pairs.source` names a file (Parquet, JSONL, CSV), a folder of them, or a data set of the hub. Which side a row is on
+`pairs.source` names a file (Parquet, JSONL, CSV), a folder of them (each local or on an object store, as `s3://`), or a
+data set of the hub. Which side a row is on
 comes from `pairs.test_source`, else from the file's name (train-..., test-...) or its column `split`, else a share of
 the speeches is held out. A bad row goes to quarantine with its reason; a file that lacks a column is one sentence. The
 published rows have no gap and no speech id of ours: the gap is that of the mean ratings, the id is theirs.
@@ -11,20 +12,23 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from psycho import storage
 from psycho.config import PairsConfig
 from psycho.errors import BadInput
 from psycho.preferences.splits import held_out, same_words
 from psycho.principles import MAX_RATING, MIN_RATING, STEMS, overall, whole_rating
-from psycho.schema import PREFERENCE_PAIR, stable_id
+from psycho.schema import NO_HISTORY, PREFERENCE_PAIR, history_json, stable_id
 
 Row = Mapping[str, Any]
 RATINGS = tuple(f"{side}_{stem}_rating" for side in ("chosen", "rejected") for stem in STEMS)
@@ -123,9 +127,9 @@ def _reason(row: Row) -> str | None:
         if not isinstance(row.get(column), str | int | float | None):
             return f"{column} is no name"
     try:
-        _history(row)
+        history_json(row.get("history"))
     except ValueError:
-        return "history is no list of turns with role and content"
+        return NO_HISTORY
     for column in RATINGS:
         if whole_rating(row.get(column)) is None:
             return f"{column} is not a whole number from {MIN_RATING} to {MAX_RATING}"
@@ -142,32 +146,6 @@ def _can_be_stored(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _history(row: Row) -> str | None:
-    """The earlier turns as JSON, given as a list or as JSON.
-
-    Raises:
-        ValueError: they are neither.
-    """
-    given = row.get("history") or None
-    try:
-        turns = json.loads(given) if isinstance(given, str) else given
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not turns:
-        return None
-    fields = ("role", "content")
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in fields) for turn in turns
-    ):
-        raise ValueError("no turns")
-    if isinstance(given, str):
-        return given
-    text = json.dumps([{name: turn[name] for name in fields} for turn in turns], ensure_ascii=False)
-    if not _can_be_stored(text):
-        raise ValueError("half a character")
-    return text
 
 
 def _id_reason(row: Row, ids: dict[str, str]) -> str | None:
@@ -195,9 +173,31 @@ def _pair(row: Row, number: int) -> dict[str, Any]:
         **ratings,
         "speech_id": _speech_id(row),
         "gap": overall(sides[0]) - overall(sides[1]),
-        "history": _history(row),
+        "history": history_json(row.get("history")),
     }
     return {name: pair[name] for name in PREFERENCE_PAIR.names}
+
+
+def source_facts(source: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files that `source` stands for; nothing of a hub id.
+
+    Raises:
+        BadInput: there is no such file.
+    """
+    if not storage.is_remote(source):
+        stats = [(file.name, file.stat()) for file in source_files(source)]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    fs, path = storage.resolve(source)
+    try:
+        info = fs.get_file_info(path)
+        folder = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+        found = [info] if info.type == pafs.FileType.File else fs.get_file_info(folder)
+    except OSError as error:
+        raise BadInput(f"{source} cannot be reached ({type(error).__name__}); check address and credentials") from None
+    files = [one for one in found if one.type == pafs.FileType.File]
+    if not files:
+        raise BadInput(f"pairs.source {source} does not exist; give a file, a folder or a data set's id (owner/name)")
+    return sorted((PurePosixPath(one.path).name, one.size, one.mtime_ns) for one in files)
 
 
 def source_files(source: str) -> list[Path]:
@@ -224,6 +224,13 @@ def source_files(source: str) -> list[Path]:
 
 def _rows(source: str) -> Iterator[tuple[Row, str | None]]:
     """Rows with the split that the file's place or the row names."""
+    if storage.is_remote(source):
+        source_facts(source)  # says what is wrong with the address, if anything is
+        with tempfile.TemporaryDirectory(prefix="psycho-pairs-") as folder:
+            local = str(Path(folder, PurePosixPath(source).name))
+            storage.copy_dir(source, local)
+            yield from _rows(local)
+        return
     files = source_files(source)
     if not files:
         yield from _hub_rows(source)

@@ -14,7 +14,7 @@ import pytest
 from psycho.config import PairsConfig
 from psycho.errors import BadInput
 from psycho.preferences.build import import_pairs
-from psycho.preferences.published import RATINGS, read_published
+from psycho.preferences.published import RATINGS, read_published, source_facts
 from psycho.principles import STEMS
 from psycho.schema import PREFERENCE_PAIR
 
@@ -152,7 +152,9 @@ def test_earlier_turns_as_a_list_or_as_json(tmp_path: Path, given: Any, kept: An
     assert [pair["history"] and json.loads(pair["history"]) for pair in found.pairs] == [kept] * 4
 
 
-@pytest.mark.parametrize("given", ["[1]", '{"a": 1}', '[{"role": "user"}]', 7, "[" * 100_000, [{"role": "\ud800"}]])
+@pytest.mark.parametrize(
+    "given", ["[1]", '"SECRET"', '{"a": 1}', '[{"role": "user"}]', 7, "[" * 100_000, [{"role": "\ud800"}]]
+)
 def test_what_is_no_history_is_left_out(tmp_path: Path, given: Any) -> None:
     rows = [row(0), row(1, history=given), row(2)]
     found = read_published(PairsConfig(source=jsonl(tmp_path / "p.jsonl", rows)), 0)
@@ -224,6 +226,24 @@ def test_a_broken_parquet_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "p.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(BadInput, match=r"cannot be read as \.parquet"):
         read_published(PairsConfig(source=str(tmp_path / "p.parquet")), 0)
+
+
+def test_pairs_on_an_object_store(bucket: Any, tmp_path: Path) -> None:
+    local = parquet(tmp_path / "p.parquet", [row(number) for number in range(40)])
+    bucket.put("one.parquet", Path(local).read_bytes())
+    for side, numbers in (("train", range(6)), ("test", range(6, 9))):
+        rows = parquet(tmp_path / f"{side}.parquet", [row(number) for number in numbers])
+        bucket.put(f"set/data/{side}-00000-of-00001.parquet", Path(rows).read_bytes())
+    one = read_published(PairsConfig(source="s3://speeches/one.parquet"), 0)
+    assert one.pairs == read_published(PairsConfig(source=local), 0).pairs
+    for address in ("s3://speeches/set", "s3://speeches/set/"):
+        found = read_published(PairsConfig(source=address), 0)
+        assert {pair["ID"] for pair in found.pairs if pair["split"] == "evaluation"} == {"q6", "q7", "q8"}
+    before = source_facts("s3://speeches/one.parquet")
+    bucket.put("one.parquet", b"other")
+    assert source_facts("s3://speeches/one.parquet") != before
+    with pytest.raises(BadInput, match="s3://speeches/none does not exist"):
+        read_published(PairsConfig(source="s3://speeches/none"), 0)
 
 
 def test_a_data_set_of_the_hub_is_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
