@@ -264,7 +264,7 @@ class PairsConfig(Section):
 
     source: str | None = Field(
         None,
-        description="pairs in the published schema (file, folder or hub id): the run starts at training",
+        description="pairs in the published schema (file, folder, s3:// URI or hub id): the run starts at training",
     )
     test_source: str | None = Field(None, description="test pairs; then all of source trains. None: its split")
     test_share: float = Field(0.1, gt=0, lt=1, description="of an imported set that names no split, held out by ID")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import re
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,6 +26,9 @@ from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPT
 from psycho.progress import Progress
 from psycho.run import Run, StageResult
 
+_QUOTED_CELL = re.compile(  # of pyarrow, pydantic, int() and float()
+    r"(\bArrow\w+: Could not convert|\binput_value=|invalid literal for \w+\(\) with base \d+:|string to float:).*"
+)
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "nano.yaml"
 
 
@@ -146,15 +151,20 @@ def execute(name: str, recipe: Recipe, options: Options) -> int:
             errors.print(f"error: {sentence}", style="red", highlight=False, markup=False)
             return EXIT_BAD_INPUT
         if options.verbose or not isinstance(error, StageFailed):
-            traceback.print_exc()
+            print(without_cells("".join(traceback.format_exception(error))), file=sys.stderr)
         errors.print(
-            f"failed: {type(error).__name__}: {_first_line(error)}",
+            without_cells(f"failed: {type(error).__name__}: {_first_line(error)}"),
             style="red",
             highlight=False,
             markup=False,
         )
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def without_cells(text: str) -> str:
+    """An error's text without the values that libraries quote in it: a client may have written them."""
+    return _QUOTED_CELL.sub(r"\1 (what it quotes is not shown)", text)
 
 
 def explain(error: BaseException) -> str | None:

@@ -109,6 +109,37 @@ PREFERENCE_GROUP = pa.schema(  # one train speech with all responses of its pair
 )
 
 
+NO_HISTORY = "history is no list of turns with role and content"
+
+
+def history_json(given: Any) -> str | None:
+    """Earlier turns as `CLIENT_SPEECH` stores them; None where there are none.
+
+    Args:
+        given: a list of {role, content}, JSON of one, or nothing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    given = given.strip() if isinstance(given, str) else given
+    if not given:
+        return None
+    try:
+        turns = json.loads(given) if isinstance(given, str) else given
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    fields = ("role", "content")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in fields) for turn in turns
+    ):
+        raise ValueError("no turns")
+    if isinstance(given, str):
+        return given if turns else None
+    text = json.dumps([{name: turn[name] for name in fields} for turn in turns], ensure_ascii=False)
+    text.encode()  # half a surrogate pair is a ValueError too
+    return text
+
+
 def stable_id(*parts: Any) -> str:
     """A 16-digit hexadecimal id that depends on nothing but its parts."""
     text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))

@@ -13,7 +13,7 @@ from psycho.inference.models import check_model
 from psycho.judging.rubric import prompt_version
 from psycho.models import identity, named_models, resolve
 from psycho.nano.build import nano_key
-from psycho.preferences.published import source_files
+from psycho.preferences.published import source_facts
 from psycho.run import Stage
 from psycho.speeches.source import fingerprint
 
@@ -49,8 +49,7 @@ def _source(config: Config) -> list[Any]:
 def _pairs_source(config: Config) -> dict[str, Any]:
     """What a run that starts from published pairs depends on in place of speeches; a hub id stands for itself."""
     named = [name for name in (config.pairs.source, config.pairs.test_source) if name]
-    files = [file for name in named for file in source_files(name)]
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [fact for name in named for fact in source_facts(name)]
     sides = config.pairs.model_dump(include={"test_share", "resplit"})
     return {"pairs": named, "facts": facts, **sides, "seed": config.seed}
 

@@ -202,11 +202,19 @@ def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | N
 
 
 def read_finished(uri: str, columns: list[str] | None = None) -> list[pa.Table]:
-    """Rows of an unfinished folder; a file cut short by a crash is removed, its rows are made again."""
+    """Rows of an unfinished folder; a file cut short by a crash is removed, its rows are made again.
+
+    A file that cannot be reached just now stays, for its rows may have cost money.
+
+    Raises:
+        OSError: a file is there and cannot be read.
+    """
     tables = []
     for fs, path in list(parquet_files(uri)):
         try:
             tables.append(pq.read_table(path, filesystem=fs, columns=columns))
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and (error.errno or is_remote(uri)):  # a torn page has no error number
+                raise
             fs.delete_file(path)
     return tables

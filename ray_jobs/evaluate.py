@@ -68,7 +68,7 @@ def evaluate(job: Job) -> None:
         return StageResult(
             rows_in=len(rows),
             rows_out=len(judged),
-            tokens=sum(c.output_tokens for completions in answers.values() for c in completions),
+            tokens=pool.output_tokens,
             quarantine=[
                 {"speech_id": row["speech_id"], "policy": row["policy"], "reason": "comparison failed"}
                 for row in rows

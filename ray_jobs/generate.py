@@ -51,7 +51,7 @@ def generate(job: Job) -> None:
         return StageResult(
             rows_in=requests.num_rows,
             rows_out=responses.num_rows,
-            tokens=sum(responses["output_tokens"].to_pylist()),
+            tokens=sum(model["tokens"] for model in answers.get("by_model", {}).values()),
             cost=cost_so_far(folder) - paid_before,
             quarantine=failed,
             extra=answers,
@@ -116,6 +116,7 @@ def keep_published(job: Job, requests: pa.Table, folder: str) -> float:
         rows = [table.cast(RESPONSE) for table in storage.read_finished(job.run.path("responses"))]
         if rows:
             table = pa.concat_tables(rows)
+            table = table.append_column("spent_tokens", table["output_tokens"])  # of earlier tries nothing is kept
             table = table.append_column("error", pa.nulls(table.num_rows, pa.string())).cast(ANSWER)
             wanted = unanswered(requests, folder)["request_id"].combine_chunks()
             storage.write_rows(table.filter(pc.is_in(table["request_id"], wanted)), kept)

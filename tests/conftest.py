@@ -1,4 +1,4 @@
-"""What several areas' tests start from: a random model of the nano world, and a Ray of their own."""
+"""What several areas' tests start from: a random model of the nano world, a Ray of their own, an object store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 
 
@@ -74,3 +75,30 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**28)
     yield
     ray.shutdown()
+
+
+class Bucket:
+    def __init__(self, address: str) -> None:
+        self.fs = pafs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True)
+        self.fs.create_dir("speeches")
+
+    def put(self, name: str, content: bytes) -> None:
+        with self.fs.open_output_stream(f"speeches/{name}") as stream:
+            stream.write(content)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """`s3://speeches` on a moto server of this machine."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    try:
+        yield Bucket(f"{host}:{port}")
+    finally:
+        server.stop()

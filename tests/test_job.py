@@ -9,9 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 import typer
+from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from psycho import cluster, job
@@ -77,6 +79,28 @@ def test_our_own_mistakes_come_with_their_traceback(options, capsys, error):
     assert execute("prepare", raising(error), options) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and err.splitlines()[-1].startswith(f"failed: {type(error).__name__}: ")
+
+
+CELL = "what a client\nsaid"  # never written out below: a traceback shows lines of code
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        lambda: pa.Table.from_pylist([{"a": 1}, {"a": CELL}]),
+        lambda: int(CELL),
+        lambda: float(CELL),
+        lambda: TypeAdapter(int).validate_python(CELL),
+    ],
+)
+def test_no_error_shows_a_cell(options, capsys, fails):
+    def recipe(_: Job) -> None:
+        fails()
+
+    assert execute("prepare", recipe, options) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "what it quotes is not shown" in said
+    assert "what a client" not in said and "said" not in said
 
 
 def test_a_failed_stage_shows_its_traceback_when_asked(options, capsys):

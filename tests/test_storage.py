@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -136,6 +137,21 @@ def test_a_file_cut_short_by_a_crash_is_dropped_and_the_others_kept(root):
         stream.write(whole[: len(whole) // 2])
     assert storage.read_finished(folder) == [TABLE]
     assert len(list(storage.parquet_files(folder))) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [(PermissionError(errno.EACCES, "no"), True), (OSError(errno.EIO, "no"), True), (OSError("torn page"), False)],
+)
+def test_answers_that_cannot_be_read_just_now_are_not_thrown_away(tmp_path, monkeypatch, error, stays):
+    def refuse(*_, **__):
+        raise error
+
+    storage.write_rows(TABLE, str(tmp_path / "a.parquet"))
+    monkeypatch.setattr("psycho.storage.pq.read_table", refuse)
+    with pytest.raises(type(error)) if stays else nullcontext():
+        assert storage.read_finished(str(tmp_path)) == []
+    assert (tmp_path / "a.parquet").exists() == stays
 
 
 def test_a_local_copy_is_the_folder_itself_or_made_once(tmp_path, store):

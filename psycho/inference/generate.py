@@ -22,7 +22,8 @@ from psycho.inference.worker import Completion, EngineSpec, VLLMWorker
 from psycho.progress import Reporter
 from psycho.schema import RESPONSE, stable_seed
 
-ANSWER = RESPONSE.append(pa.field("error", pa.string()))
+ANSWER = RESPONSE.append(pa.field("spent_tokens", pa.int64())).append(pa.field("error", pa.string()))
+"""A response, the output tokens of all its tries, and why it is left out."""
 _REPORT_EVERY_S = 0.5
 
 
@@ -38,11 +39,12 @@ class Served:
 
 @dataclass(frozen=True)
 class Try:
-    """A request on its way: the seeds asked so far and what they cost."""
+    """A request on its way: the seeds asked so far, and what they cost in money and in output tokens."""
 
     request: Mapping[str, Any]
     attempts: int = 0
     cost: float = 0.0
+    tokens: int = 0
 
     @property
     def seed(self) -> int:
@@ -72,7 +74,7 @@ class GenerateBatch:
                     if unsettled is not None:
                         again.append(unsettled)
                         continue
-                    self._reports.add(row["output_tokens"])
+                    self._reports.add(row["spent_tokens"])
                     yield row
                 waiting = again
         self._reports.send()
@@ -115,7 +117,8 @@ def settle(
     text, reasoning = marks.split_reasoning(answer.text)
     reasoning = "\n".join(part for part in (answer.reasoning, reasoning) if part) or None
     status = None if answer.error else marks.mark(text, answer.finish_reason)
-    now = replace(asked, attempts=asked.attempts + 1, cost=asked.cost + cost_of(answer, price))
+    cost, tokens = asked.cost + cost_of(answer, price), asked.tokens + answer.output_tokens
+    now = replace(asked, attempts=asked.attempts + 1, cost=cost, tokens=tokens)
     wish = "keep" if status is None or status == marks.OK else getattr(policy, status)
     row = {
         **{name: asked.request[name] for name in ("request_id", "speech_id", "split", "model", "sample")},
@@ -128,6 +131,7 @@ def settle(
         "reasoning": reasoning,
         "cost": now.cost,
         "attempts": now.attempts,
+        "spent_tokens": now.tokens,
         "error": answer.error or _reason(text, status, wish),
     }
     return row, now if wish == "retry" and now.attempts <= policy.retries else None
@@ -145,8 +149,8 @@ def cost_of(answer: Completion, price: PriceConfig) -> float:
 
 
 def tally(answers: pa.Table) -> dict[str, Any]:
-    """What the manifest says of all answers, quarantined ones included: `status`, `by_model` and `cost`."""
-    names = ("model", "status", "output_tokens", "cost")
+    """What the manifest says of all answers, retried and quarantined ones included: `status`, `by_model` and `cost`."""
+    names = ("model", "status", "spent_tokens", "cost")
     rows = list(zip(*(answers[name].to_pylist() for name in names), strict=True))
     by_model: dict[str, dict[str, float]] = {}
     for model, status, tokens, cost in sorted(rows, key=lambda row: row[0]):

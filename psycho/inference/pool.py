@@ -8,7 +8,7 @@ again: every call names its model, so it comes back with the right weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -20,37 +20,57 @@ from psycho.judging.judge import Item, PairItem, rate_pairs, rate_single
 from psycho.judging.rubric import Rating
 from psycho.progress import Reporter
 
+T = TypeVar("T")
+Counted = tuple[list[T], int]
+"""Answers, and the output tokens that they took, tries that failed included."""
+
 
 class _PoolWorker(VLLMWorker):
     """The worker as an actor: one call per kind of work, model included."""
 
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self._tokens = 0
+
+    def generate(self, *arguments: Any, **named: Any) -> list[Completion]:
+        completions = super().generate(*arguments, **named)
+        self._tokens += sum(completion.output_tokens for completion in completions)
+        return completions
+
+    def _counted(self, answers: list[T]) -> Counted[T]:
+        tokens, self._tokens = self._tokens, 0
+        return answers, tokens
+
     def sample(
         self, model: str, conversations: list[Messages], seeds: list[int], sampling: SamplingConfig
-    ) -> list[Completion]:
+    ) -> Counted[Completion]:
         self.use(model)
-        return self.generate(conversations, seeds, sampling)
+        return self._counted(self.generate(conversations, seeds, sampling))
 
-    def rate(self, model: str, judge: JudgeConfig, items: list[Item], seeds: list[int]) -> list[Rating | None]:
+    def rate(self, model: str, judge: JudgeConfig, items: list[Item], seeds: list[int]) -> Counted[Rating | None]:
         self.use(model)
-        return [rating for rating, *_ in rate_single(self, judge, items, seeds)]
+        return self._counted([rating for rating, *_ in rate_single(self, judge, items, seeds)])
 
     def compare(
         self, model: str, judge: JudgeConfig, items: list[PairItem], seeds: list[int]
-    ) -> list[tuple[Rating, Rating] | None]:
+    ) -> Counted[tuple[Rating, Rating] | None]:
         self.use(model)
-        return rate_pairs(self, judge, items, seeds)
+        return self._counted(rate_pairs(self, judge, items, seeds))
 
-    def reward(self, model: str, conversations: list[Messages]) -> list[float | None]:
+    def reward(self, model: str, conversations: list[Messages]) -> Counted[float | None]:
         self.use(model, runner="pooling")
-        return self.score(conversations)
+        return self._counted(self.score(conversations))
 
-    def read(self, model: str, rows: list[list[int]]) -> list[list[float] | None]:
+    def read(self, model: str, rows: list[list[int]]) -> Counted[list[float] | None]:
         self.use(model)
-        return self.logprobs(rows)
+        return self._counted(self.logprobs(rows))
 
 
 class WorkerPool:
-    """`inference.workers` actors; use as a context manager, so that they end with the block."""
+    """`inference.workers` actors; use as a context manager, so that they end with the block.
+
+    `output_tokens` is what all calls so far have generated, answers that were asked for again included.
+    """
 
     def __init__(self, config: InferenceConfig, seed: int, judge: JudgeConfig | None = None, verbose: bool = False):
         """`judge`: the pool also judges, so its workers take the judge's engine and GPUs where it names its own."""
@@ -67,6 +87,7 @@ class WorkerPool:
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )
+        self.output_tokens = 0
         self._config = config
         self._actors: list[Any] = [actor.remote(spec) for _ in range(config.workers)]
 
@@ -92,7 +113,7 @@ class WorkerPool:
 
     def read_by_each(self, model: str, rows: Sequence[list[int]]) -> list[list[list[float] | None]]:
         """As `read`, all rows by every worker."""
-        return self._each("reading", lambda actor: actor.read.remote(model, list(rows)))
+        return [found for found, _ in self._each("reading", lambda actor: actor.read.remote(model, list(rows)))]
 
     def sample(
         self,
@@ -183,14 +204,11 @@ class WorkerPool:
             for reference in ready:
                 actor, start = running.pop(reference)
                 try:
-                    answers[start] = ray.get(reference)
+                    answers[start], tokens = ray.get(reference)
                 except ray.exceptions.RayActorError as error:
                     raise StageFailed(f"a vLLM worker died while {what}; give the same command again") from error
                 free.append(actor)
+                self.output_tokens += tokens
                 if reporter:
-                    reporter.add(len(answers[start]), _tokens(answers[start]))
+                    reporter.add(len(answers[start]), tokens)
         return [item for start in sorted(answers) for item in answers[start]]
-
-
-def _tokens(answers: list[Any]) -> int:
-    return sum(a.output_tokens for a in answers if isinstance(a, Completion))

@@ -235,7 +235,7 @@ class _Sink:
         if len(self._buffer) >= _WRITE_ROWS:
             self.write()
         if self._reporter and rows:
-            self._reporter.add(len(rows), sum(row["output_tokens"] for row in rows))
+            self._reporter.add(len(rows), sum(row["spent_tokens"] for row in rows))
 
     def book_lost(self, cost: float) -> None:
         """Money that went into requests which have no row yet."""

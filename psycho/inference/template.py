@@ -7,6 +7,7 @@ wrote never becomes a control token, whatever it spells.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ Messages = list[dict[str, str]]
 
 _TAGS = {tag for pair in REASONING_TAGS for tag in pair}
 _ANSWER = "An answer that ends here"
+_MARKUP = re.compile(r"<\S+>|\[[A-Z_/]+\]")
 
 
 def render(tokenizer: Any, messages: Messages, variables: Mapping[str, Any] | None = None) -> tuple[str, list[int]]:
@@ -33,7 +35,7 @@ def render(tokenizer: Any, messages: Messages, variables: Mapping[str, Any] | No
 
 def plain_text(tokenizer: Any, text: str) -> str:
     """The text with control tokens taken apart, so that they are read as what they look like."""
-    for token in _traits(tokenizer).control:
+    for token in _traits(tokenizer).taken_apart:
         if len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
@@ -41,9 +43,14 @@ def plain_text(tokenizer: Any, text: str) -> str:
 
 @dataclass(frozen=True)
 class _Traits:
-    """What is asked of a tokenizer for every prompt; asked anew each time it would cost more than tokenizing."""
+    """What is asked of a tokenizer for every prompt; asked anew each time it would cost more than tokenizing.
 
-    control: tuple[str, ...]
+    `control` is every token marked special, not only those with a name (BOS, EOS): Llama 3 names none of the tokens
+    around a turn. `taken_apart` adds what is not marked but looks like it, as Qwen's `<think>` and `<tool_call>`.
+    """
+
+    control: Mapping[str, int]
+    taken_apart: tuple[str, ...]
     bos: str | None
     adds_bos: bool
 
@@ -52,7 +59,11 @@ class _Traits:
 def _traits(tokenizer: Any) -> _Traits:
     bos = tokenizer.bos_token
     adds = bool(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return _Traits(tuple(tokenizer.all_special_tokens), bos, adds)
+    added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    control = named | {text: number for text, (number, special) in added.items() if special}
+    marks = [text for text in added if text not in control and _MARKUP.fullmatch(text)]
+    return _Traits(control, (*control, *marks), bos, adds)
 
 
 def with_one_bos(tokenizer: Any, text: str) -> str:
@@ -74,12 +85,12 @@ def stop_ids(tokenizer: Any) -> list[int]:
     except Exception:  # a reward model's tokenizer may have no template; then EOS is all there is
         return []
     ids = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False).input_ids[:1]
-    return [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.eos_token_id]
+    return [i for i in ids if i in _traits(tokenizer).control.values() and i != tokenizer.eos_token_id]
 
 
 def reasoning_is_control(tokenizer: Any) -> bool:
     """True where the tags of reasoning are control tokens, which an engine would leave out of the text."""
-    return bool(_TAGS & set(tokenizer.all_special_tokens))
+    return bool(_TAGS & set(_traits(tokenizer).control))
 
 
 def without_control(tokenizer: Any, text: str) -> str:

@@ -1,8 +1,8 @@
 """Human (or gold) ratings of responses from a file, to hold a judge against.
 
 One row a rating: the client's speech (`speech` or `question`), `response`, a whole rating from 1 to 5 in each
-`{stem}_rating`, and `rater` where several people rated. A row without all of that is left out with its reason; the text
-of a row never gets into it.
+`{stem}_rating`, `rater` where several people rated, and `history` (a list of turns or its JSON) where more was said
+before. A row without all of that is left out with its reason; the text of a row never gets into it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from psycho.errors import BadInput
 from psycho.principles import MAX_RATING, MIN_RATING, STEMS, whole_rating
-from psycho.schema import RESPONSE, stable_id, stable_seed
+from psycho.schema import NO_HISTORY, RESPONSE, history_json, stable_id, stable_seed
 
 _RATINGS = tuple(f"{stem}_rating" for stem in STEMS)
 _SPEECH = ("speech", "question")
-_OPTIONAL = ("rater", "history")
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,33 @@ def _reason(record: dict[str, Any], speech: str) -> str | None:
     for name in _RATINGS:
         if whole_rating(record[name]) is None:
             return f"{name} is not a whole number from {MIN_RATING} to {MAX_RATING}"
+    if not isinstance(record.get("rater"), str | int | float | None):
+        return "rater is no name"
+    try:
+        history_json(_given(record, "history"))
+    except ValueError:
+        return NO_HISTORY
     return None
+
+
+def _given(record: dict[str, Any], name: str) -> Any:
+    """The value of a column that need not be there; None where the cell is empty."""
+    value = record.get(name)
+    if isinstance(value, np.ndarray):  # as pandas reads the lists of a Parquet file
+        return value.tolist()
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _row(record: dict[str, Any], speech: str) -> dict[str, Any]:
     said, response = record[speech], record["response"]
-    extra = {name: record.get(name) for name in _OPTIONAL}
-    history = extra["history"] if isinstance(extra["history"], str) else None
+    history, rater = history_json(_given(record, "history")), _given(record, "rater")
     return {
         "request_id": stable_id("calibration", said, response, history),
         "speech_id": stable_id("speech", said),
         "question": said,
         "history": history,
         "response": response,
-        "rater": "" if pd.isna(extra["rater"]) else str(extra["rater"]),
+        "rater": "" if rater is None else str(rater),
         **{name: whole_rating(record[name]) for name in _RATINGS},
     }
 

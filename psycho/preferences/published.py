@@ -1,6 +1,7 @@
 """Pairs that others published, read in by the columns of PsychoCounsel-Preference, so that a run starts at training.
 
-`pairs.source` names a file (Parquet, JSONL, CSV), a folder of them, or a data set of the hub. Which side a row is on
+`pairs.source` names a file (Parquet, JSONL, CSV), a folder of them (each local or on an object store, as `s3://`), or a
+data set of the hub. Which side a row is on
 comes from `pairs.test_source`, else from the file's name (train-..., test-...) or its column `split`, else a share of
 the speeches is held out. A bad row goes to quarantine with its reason; a file that lacks a column is one sentence. The
 published rows have no gap and no speech id of ours: the gap is that of the mean ratings, the id is theirs.
@@ -11,24 +12,30 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from psycho import storage
 from psycho.config import PairsConfig
 from psycho.errors import BadInput
 from psycho.preferences.splits import held_out, same_words
 from psycho.principles import MAX_RATING, MIN_RATING, STEMS, overall, whole_rating
-from psycho.schema import PREFERENCE_PAIR, stable_id
+from psycho.schema import NO_HISTORY, PREFERENCE_PAIR, history_json, stable_id
 
 Row = Mapping[str, Any]
 RATINGS = tuple(f"{side}_{stem}_rating" for side in ("chosen", "rejected") for stem in STEMS)
 REQUIRED = ("question", "chosen", "rejected", *RATINGS)
 _OPTIONAL = ("ID", "prefID", "chosen_model", "rejected_model", "history", "split")
+_MODELS = ("chosen_model", "rejected_model")
+_MOST_PREF_ID = 2**31 - 1
 _SPLITS = {"train": "train", "test": "test", "eval": "test", "evaluation": "test", "validation": "dev", "dev": "dev"}
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -71,6 +78,12 @@ def read_published(config: PairsConfig, seed: int) -> Published:
         found.pairs.append(_pair(row, number) | {"split": split})
     if not number:
         raise BadInput(f"pairs.source {config.source} holds no rows; give preference pairs in the published schema")
+    if not found.pairs:
+        [(reason, _)] = Counter(row["reason"] for row in found.quarantine).most_common(1)
+        raise BadInput(
+            f"pairs.source {config.source} holds {number:,} rows and none that can be used (most often: {reason}); "
+            "give preference pairs in the published schema"
+        )
     _split(found, config, seed)
     return found
 
@@ -107,6 +120,16 @@ def _reason(row: Row) -> str | None:
     for column in ("question", "chosen", "rejected"):
         if not isinstance(row.get(column), str) or not row[column].strip():
             return f"no text in {column}"
+    for column in (*REQUIRED, *_OPTIONAL):
+        if isinstance(row.get(column), str) and not _can_be_stored(row[column]):
+            return f"half a character in {column}"
+    for column in _MODELS:
+        if not isinstance(row.get(column), str | int | float | None):
+            return f"{column} is no name"
+    try:
+        history_json(row.get("history"))
+    except ValueError:
+        return NO_HISTORY
     for column in RATINGS:
         if whole_rating(row.get(column)) is None:
             return f"{column} is not a whole number from {MIN_RATING} to {MAX_RATING}"
@@ -114,6 +137,15 @@ def _reason(row: Row) -> str | None:
         return "same text"
     sums = [sum(whole_rating(row[f"{side}_{stem}_rating"]) or 0 for stem in STEMS) for side in ("chosen", "rejected")]
     return "rejected is rated higher" if sums[0] < sums[1] else None
+
+
+def _can_be_stored(text: str) -> bool:
+    """False for half a surrogate pair, which JSON may hold and UTF-8 not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _id_reason(row: Row, ids: dict[str, str]) -> str | None:
@@ -133,18 +165,39 @@ def _pair(row: Row, number: int) -> dict[str, Any]:
     pref = str(row.get("prefID", ""))
     pair = {
         "ID": _speech_id(row),
-        "prefID": int(pref) if pref.isdecimal() else number,
+        "prefID": int(pref) if pref.isdecimal() and int(pref) <= _MOST_PREF_ID else number,
         "question": row["question"],
         "chosen": row["chosen"],
         "rejected": row["rejected"],
-        "chosen_model": row.get("chosen_model") or "unknown",
-        "rejected_model": row.get("rejected_model") or "unknown",
+        **{column: str(row.get(column) or "unknown") for column in _MODELS},
         **ratings,
         "speech_id": _speech_id(row),
         "gap": overall(sides[0]) - overall(sides[1]),
-        "history": row.get("history") or None,
+        "history": history_json(row.get("history")),
     }
     return {name: pair[name] for name in PREFERENCE_PAIR.names}
+
+
+def source_facts(source: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files that `source` stands for; nothing of a hub id.
+
+    Raises:
+        BadInput: there is no such file.
+    """
+    if not storage.is_remote(source):
+        stats = [(file.name, file.stat()) for file in source_files(source)]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    fs, path = storage.resolve(source)
+    try:
+        info = fs.get_file_info(path)
+        folder = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+        found = [info] if info.type == pafs.FileType.File else fs.get_file_info(folder)
+    except OSError as error:
+        raise BadInput(f"{source} cannot be reached ({type(error).__name__}); check address and credentials") from None
+    files = [one for one in found if one.type == pafs.FileType.File]
+    if not files:
+        raise BadInput(f"pairs.source {source} does not exist; give a file, a folder or a data set's id (owner/name)")
+    return sorted((PurePosixPath(one.path).name, one.size, one.mtime_ns) for one in files)
 
 
 def source_files(source: str) -> list[Path]:
@@ -171,13 +224,22 @@ def source_files(source: str) -> list[Path]:
 
 def _rows(source: str) -> Iterator[tuple[Row, str | None]]:
     """Rows with the split that the file's place or the row names."""
+    if storage.is_remote(source):
+        source_facts(source)  # says what is wrong with the address, if anything is
+        with tempfile.TemporaryDirectory(prefix="psycho-pairs-") as folder:
+            local = str(Path(folder, PurePosixPath(source).name))
+            storage.copy_dir(source, local)
+            yield from _rows(local)
+        return
     files = source_files(source)
     if not files:
         yield from _hub_rows(source)
     for file in files:
         try:
             rows = _read(file)
-        except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error, OSError) as error:
+        except UnicodeDecodeError:
+            raise BadInput(f"{file} is not UTF-8; save it as UTF-8") from None
+        except (pa.ArrowInvalid, csv.Error, OSError) as error:
             kind = type(error).__name__
             raise BadInput(f"{file} cannot be read as {file.suffix} ({kind}); write it again") from None
         named = _named_split(file, Path(source).expanduser())

@@ -31,6 +31,7 @@ _POSSIBLE = 0  # of phonenumbers' leniency: the shape of a number; validity woul
 # A capitalised word that does not begin a sentence: without one there is no context to look for.
 _CAPITAL_INSIDE = regex.compile(r"(?:[\p{L}\d,;:'\"()]|\b(?:Dr|Mr|Mrs|Ms|Mx|Prof|Rev)\.)\s+(?:\p{Lu}['’])?\p{Lu}\p{Ll}")
 _SIGNATURE_CHARS = 120  # at the end of a text
+_BEHIND_HOST = regex.compile(r":\d{1,5}\b(?:[/?#]\S*[\w/=])?")
 _BARE_DOMAINS = ("com", "org", "net", "edu", "gov", "io", "co.uk", "org.uk", "de", "ca", "com.au")
 
 
@@ -84,8 +85,17 @@ class _Email(EmailRecognizer):
 
 
 class _Url(UrlRecognizer):
-    """presidio's; a domain without `https://` or `www.` must be a common one, for people forget the blank after a
-    full stop ("at home.My mother")."""
+    """presidio's, and what it leaves of an address with a port; a domain without `https://` or `www.` must be a common
+    one, for people forget the blank after a full stop ("at home.My mother")."""
+
+    def analyze(
+        self, text: str, entities: list[str], nlp_artifacts: Any = None, regex_flags: int | None = None
+    ) -> list[RecognizerResult]:
+        results = super().analyze(text, entities, nlp_artifacts, regex_flags)
+        for result in results:
+            rest = _BEHIND_HOST.match(text, result.end)
+            result.end = rest.end() if rest else result.end
+        return results
 
     def validate_result(self, pattern_text: str) -> bool:
         text = pattern_text.strip("\"'")

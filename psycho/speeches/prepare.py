@@ -160,7 +160,7 @@ def _decide(pool: Pool, config: SpeechesConfig) -> _Decision:
     held_out[kept] = hold_out(keys[kept, 2], np.searchsorted(kept, cluster[kept]), count)
     if not held_out.any() or held_out[kept].all():
         raise BadInput(
-            f"only {len(kept)} speeches of {config.source} are left after cleaning; give more, "
+            f"only {len(kept)} speeches of {config.source} are left after cleaning{_most_often(pool)}; give more, "
             "or widen speeches.min_chars and speeches.max_chars"
         )
     return _Decision(state, cluster, held_out, keys[:, 3])
@@ -214,6 +214,12 @@ def _reason(decision: _Decision, place: int, config: SpeechesConfig) -> str | No
     if state == OVER_LIMIT:
         return f"over speeches.limit {config.limit}"
     return {EXACT: "exact duplicate", SAME_ID: "id used twice"}.get(int(state))
+
+
+def _most_often(pool: Pool) -> str:
+    """Why most of the rows that cleaning left out were, in brackets; nothing where it left out none."""
+    reasons = (reason for shard in pool.shards() for reason in shard["reason"].to_pylist() if reason is not None)
+    return "".join(f" (most often: {kind})" for kind, _ in Counter(map(_kind, reasons)).most_common(1))
 
 
 def _kind(reason: str) -> str:

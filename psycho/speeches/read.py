@@ -27,6 +27,7 @@ from psycho.speeches.source import SourceFile, find_files, is_hub_id, open_binar
 CP1252 = "cp1252_lines"
 MAX_LINE = 1 << 24
 CUT = "a line of 16 MiB or more"
+_NOT_UTF8 = "{} holds text that is not UTF-8; write it again from text that is"
 _MAX_FIELD = 2**31 - 1
 _BATCH_ROWS = 512
 _DELIMITERS = ",;\t"
@@ -89,6 +90,8 @@ def _valid(value: Any) -> Any:
 
 def _short(row: Row, column: str | None) -> str | None:
     value = row.get(column) if column else None
+    if isinstance(value, float) and value.is_integer():  # pandas makes such of whole numbers where one is missing
+        value = int(value)
     return str(_valid(value)) if isinstance(value, str | int) else None
 
 
@@ -181,6 +184,8 @@ def _parquet(file: SourceFile, config: SpeechesConfig, _: Counter[str]) -> Itera
                 yield from batch.to_pylist()
     except PermissionError:
         raise
+    except UnicodeDecodeError:
+        raise BadInput(_NOT_UTF8.format(file.uri)) from None
     except (pa.ArrowException, OSError):
         raise BadInput(f"{file.uri} is not a Parquet file or is cut short; write it again") from None
 
@@ -196,6 +201,8 @@ def _arrow(file: SourceFile, config: SpeechesConfig, _: Counter[str]) -> Iterato
                     yield from batch.select(_wanted(config)).slice(start, _BATCH_ROWS).to_pylist()
     except PermissionError:
         raise
+    except UnicodeDecodeError:
+        raise BadInput(_NOT_UTF8.format(file.uri)) from None
     except (pa.ArrowException, OSError):
         raise BadInput(f"{file.uri} of a datasets folder is missing or cut short; save it again") from None
 

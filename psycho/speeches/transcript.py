@@ -1,4 +1,4 @@
-"""A row's text as turns: a single text, or a transcript `[{role, content}, ...]` as a list or as JSON.
+"""A row's text as turns: a single text, or a transcript `[{role, content}, ...]` as a list or as text.
 
 The last client turn is the speech; what was said before it is its history. What a counsellor answered after it is not
 used: the responses are ours to make.
@@ -6,7 +6,10 @@ used: the responses are ours to make.
 
 from __future__ import annotations
 
+import ast
 import json
+import warnings
+from contextlib import suppress
 from typing import Any
 
 Turn = dict[str, str]
@@ -41,13 +44,15 @@ def read_turns(value: Any) -> tuple[list[Turn], str | None]:
 
 
 def _transcript(text: str) -> str | list[Any]:
-    """The list in a JSON text of objects; any other text as it is."""
+    """The list in a text of JSON objects, or of Python's as pandas writes them to CSV; any other text as it is."""
     if text.lstrip()[:1] != "[" or "{" not in text[:200]:
         return text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    value = None
+    with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                value = read(text.strip())
+                break
     return value if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value) else text
 
 

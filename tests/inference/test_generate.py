@@ -56,6 +56,7 @@ def test_a_retry_asks_new_seeds_and_then_keeps_what_it_has():
     assert seeds[0] == request()["seed"] and len(set(seeds)) == 3
     assert (row["status"], row["attempts"], row["seed"], row["error"]) == ("truncated", 3, seeds[-1], None)
     assert row["cost"] == pytest.approx(3 * 200 / 1e6)
+    assert (row["output_tokens"], row["spent_tokens"]) == (50, 150)
 
 
 def test_an_engines_error_is_no_mark():
@@ -91,7 +92,7 @@ def test_a_batch_comes_row_by_row_and_every_request_once(monkeypatch):
     stage = GenerateBatch(None, served, MarksConfig(refused="retry"), reporter)  # type: ignore[arg-type]
     batch = pa.Table.from_pylist([request(n, m) for n in range(5) for m in ("n", "m")], schema=REQUEST)
     rows = list(stage(batch))
-    assert [sum(numbers) for numbers in zip(*told, strict=True)] == [10, 500]
+    assert [sum(numbers) for numbers in zip(*told, strict=True)] == [10, 1000]
     assert set(rows[0]) == set(stage.SCHEMA.names) == set(ANSWER.names)
     assert sorted(row["request_id"] for row in rows) == sorted(batch["request_id"].to_pylist())
     assert {(row["status"], row["attempts"]) for row in rows} == {("ok", 2)}
@@ -111,3 +112,10 @@ def test_the_manifest_counts_every_answer():
         "empty": 1, "truncated": 1, "refused": 1, "looping": 1, "failed": 1,
     }  # fmt: skip
     assert found["by_model"]["n"]["cost"] == 0 and found["cost"] == 0.001
+
+
+def test_the_manifest_counts_the_tokens_of_every_try():
+    _, again = settle(Try(request()), answer(REFUSAL), PRICE, MarksConfig(refused="retry"))
+    assert again is not None
+    row, _ = settle(again, answer(GOOD), PRICE, MarksConfig(refused="retry"))
+    assert tally(pa.Table.from_pylist([row], schema=ANSWER))["by_model"]["m"]["tokens"] == 100

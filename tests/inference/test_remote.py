@@ -230,6 +230,7 @@ def test_the_job_stops_at_the_budget_and_ends_when_it_is_raised(chat, job_of):
     lines = [json.loads(line) for line in (storage.read_text(job.run.path("ledger.jsonl")) or "").splitlines()]
     assert [line["status"] for line in lines if line["stage"] == "generate"] == ["BudgetSpent", "done"]
     assert [line["cost"] for line in lines][1:] == pytest.approx([paid * EACH, (40 - paid) * EACH])
+    assert lines[-1]["tokens"] == manifest["tokens"] == 40 * server.tokens[1]
 
 
 def test_a_finished_file_that_is_gone_is_noticed_and_only_its_rows_are_asked_again(chat, job_of):

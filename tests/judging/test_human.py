@@ -53,6 +53,32 @@ def test_a_row_without_text_is_left_out(tmp_path):
     assert human.quarantine == [{"row": 2, "reason": "no response"}] and human.rows[0]["question"] == "I feel lost."
 
 
+TURNS = [{"role": "user", "content": "Befóre."}, {"role": "assistant", "content": "I see."}]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("given", [TURNS, json.dumps(TURNS)])
+def test_earlier_turns_come_along_as_a_list_or_as_json(tmp_path, kind, given):
+    given = json.dumps(given) if kind == "csv" and isinstance(given, list) else given
+    rows = [ROWS[0] | {"history": given}, ROWS[1] | {"history": None}]
+    human = read_human_ratings(write(tmp_path / f"r.{kind}", rows), 0)
+    assert human.quarantine == []
+    assert [row["history"] and json.loads(row["history"]) for row in human.rows] == [TURNS, None]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"history": "secret, no JSON"}, "history is no list of turns with role and content"),
+        ({"history": [{"role": "user"}]}, "history is no list of turns with role and content"),
+        ({"rater": ["A", "B"]}, "rater is no name"),
+    ],
+)
+def test_a_row_that_no_judge_could_be_asked_about_is_left_out(tmp_path, bad, reason):
+    human = read_human_ratings(write(tmp_path / "r.jsonl", [ROWS[0], ROWS[2] | bad]), 0)
+    assert human.quarantine == [{"row": 2, "reason": reason}] and len(human.rows) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -14,8 +14,9 @@ import pytest
 from psycho.config import PairsConfig
 from psycho.errors import BadInput
 from psycho.preferences.build import import_pairs
-from psycho.preferences.published import RATINGS, read_published
+from psycho.preferences.published import RATINGS, read_published, source_facts
 from psycho.principles import STEMS
+from psycho.schema import PREFERENCE_PAIR
 
 Row = dict[str, Any]
 
@@ -124,6 +125,9 @@ BAD = {
     "same text": {"rejected": "Warm 3 "},
     "rejected is rated higher": {f"chosen_{stem}_rating": 1 for stem in STEMS},
     "its ID belongs to another question": {"ID": "q0"},
+    "half a character in chosen": {"chosen": "a\ud800"},
+    "chosen_model is no name": {"chosen_model": ["m1"]},
+    "history is no list of turns with role and content": {"history": "SECRET, no JSON"},
 }
 
 
@@ -133,6 +137,36 @@ def test_a_bad_row_goes_to_quarantine_with_its_reason(tmp_path: Path, reason: st
     found = read_published(PairsConfig(source=jsonl(tmp_path / "p.jsonl", rows)), 0)
     assert found.quarantine == [{"row": 4, "reason": reason}]
     assert len(found.pairs) == 8
+
+
+TURNS = [{"role": "user", "content": "befóre"}, {"role": "assistant", "content": "I see."}]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(TURNS, TURNS), (json.dumps(TURNS), TURNS), ([], None), ("", None), ("[]", None), (None, None)]
+)
+def test_earlier_turns_as_a_list_or_as_json(tmp_path: Path, given: Any, kept: Any) -> None:
+    rows = [row(number, history=given) for number in range(4)]
+    found = read_published(PairsConfig(source=jsonl(tmp_path / "p.jsonl", rows)), 0)
+    assert not found.quarantine
+    assert [pair["history"] and json.loads(pair["history"]) for pair in found.pairs] == [kept] * 4
+
+
+@pytest.mark.parametrize(
+    "given", ["[1]", '"SECRET"', '{"a": 1}', '[{"role": "user"}]', 7, "[" * 100_000, [{"role": "\ud800"}]]
+)
+def test_what_is_no_history_is_left_out(tmp_path: Path, given: Any) -> None:
+    rows = [row(0), row(1, history=given), row(2)]
+    found = read_published(PairsConfig(source=jsonl(tmp_path / "p.jsonl", rows)), 0)
+    assert [left["row"] for left in found.quarantine] == [2] and len(found.pairs) == 2
+
+
+def test_whatever_numbers_stand_for_names_the_pairs_can_be_stored(tmp_path: Path) -> None:
+    rows = [row(0, prefID=10**12), row(1, chosen_model=4, rejected_model=2.5), row(2, ID=7)]
+    found = read_published(PairsConfig(source=jsonl(tmp_path / "p.jsonl", rows)), 0)
+    stored = pa.Table.from_pylist(found.pairs, schema=PREFERENCE_PAIR).to_pylist()
+    assert [pair["prefID"] for pair in stored] == [1, 0, 0] and stored[2]["ID"] == "7"
+    assert (stored[1]["chosen_model"], stored[1]["rejected_model"]) == ("4", "2.5")
 
 
 def test_other_bad_rows(tmp_path: Path) -> None:
@@ -171,6 +205,10 @@ def test_rows_without_id_or_models(tmp_path: Path) -> None:
         (lambda p: jsonl(p / "p.txt", [row(0)]), "ends in '.txt'"),
         (lambda p: parquet(p / "p.parquet", [{"question": "x", "chosen": "y"}]), "no column rejected and 14 more"),
         (lambda p: jsonl(p / "p.jsonl", []), "holds no rows"),
+        (
+            lambda p: jsonl(p / "p.jsonl", [row(0) | {"chosen": ""}, row(1) | {"chosen": None}, row(2, 1, 2)]),
+            r"3 rows and none that can be used \(most often: no text in chosen\)",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, make: Any, sentence: str) -> None:
@@ -178,10 +216,34 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, make: Any, sentence
         read_published(PairsConfig(source=make(tmp_path)), 0)
 
 
+def test_another_encoding_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes(Path(table(tmp_path / "q.csv", [row(0)])).read_bytes() + "é".encode("cp1252"))
+    with pytest.raises(BadInput, match="is not UTF-8; save it as UTF-8"):
+        read_published(PairsConfig(source=str(tmp_path / "p.csv")), 0)
+
+
 def test_a_broken_parquet_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "p.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(BadInput, match=r"cannot be read as \.parquet"):
         read_published(PairsConfig(source=str(tmp_path / "p.parquet")), 0)
+
+
+def test_pairs_on_an_object_store(bucket: Any, tmp_path: Path) -> None:
+    local = parquet(tmp_path / "p.parquet", [row(number) for number in range(40)])
+    bucket.put("one.parquet", Path(local).read_bytes())
+    for side, numbers in (("train", range(6)), ("test", range(6, 9))):
+        rows = parquet(tmp_path / f"{side}.parquet", [row(number) for number in numbers])
+        bucket.put(f"set/data/{side}-00000-of-00001.parquet", Path(rows).read_bytes())
+    one = read_published(PairsConfig(source="s3://speeches/one.parquet"), 0)
+    assert one.pairs == read_published(PairsConfig(source=local), 0).pairs
+    for address in ("s3://speeches/set", "s3://speeches/set/"):
+        found = read_published(PairsConfig(source=address), 0)
+        assert {pair["ID"] for pair in found.pairs if pair["split"] == "evaluation"} == {"q6", "q7", "q8"}
+    before = source_facts("s3://speeches/one.parquet")
+    bucket.put("one.parquet", b"other")
+    assert source_facts("s3://speeches/one.parquet") != before
+    with pytest.raises(BadInput, match="s3://speeches/none does not exist"):
+        read_published(PairsConfig(source="s3://speeches/none"), 0)
 
 
 def test_a_data_set_of_the_hub_is_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,19 @@ def test_too_few_speeches_is_a_sentence(tmp_path):
         prepared(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([{"question": None}] * 3 + [{"question": "ab"}], "no text in this row"),
+        ([{"question": "ab"}, {"question": "abc"}], "under speeches.min_chars"),
+    ],
+)
+def test_no_speech_left_says_why_most_went(tmp_path, rows, why):
+    write(tmp_path, rows)
+    with pytest.raises(BadInput, match=rf"only 0 speeches of .* after cleaning \(most often: {why}\); give more"):
+        prepared(tmp_path)
+
+
 def test_an_unknown_language_code_is_a_sentence(tmp_path):
     write(tmp_path, distinct(3))
     with pytest.raises(BadInput, match="'english' is no language code"):

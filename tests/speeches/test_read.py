@@ -250,6 +250,29 @@ def test_a_torn_parquet_file(tmp_path, cut):
     assert "is not a Parquet file or is cut short; write it again" in refused(path)
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_text_that_is_not_utf_8_in_a_parquet_file_or_datasets_folder(tmp_path, folder):
+    raw = pa.array([SECRET.encode() + b"\xff"] * 3, pa.binary())
+    table = pa.table({"question": pa.Array.from_buffers(pa.string(), 3, raw.buffers())})
+    path = tmp_path / "speeches.parquet"
+    if folder:
+        path = tmp_path / "set"
+        path.mkdir()
+        (path / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+        with pa.ipc.new_stream(path / "data.arrow", table.schema) as stream:
+            stream.write_table(table)
+    else:
+        pq.write_table(table, path)
+    assert "holds text that is not UTF-8" in refused(path)
+
+
+@pytest.mark.parametrize(("given", "key"), [(7, "7"), (7.0, "7"), (7.5, None), (float("nan"), None)])
+def test_a_whole_number_is_an_id_however_it_is_stored(tmp_path, given, key):
+    path = tmp_path / "speeches.parquet"
+    pq.write_table(pa.table({"question": [SECRET], "key": [given]}), path)
+    assert [found for *_, found in read(path, id_column="key")] == [key]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @KINDS
 def test_permission_denied(tmp_path, kind):

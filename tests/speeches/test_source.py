@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -92,33 +90,6 @@ def test_an_object_store_from_end_to_end(bucket):
     assert (result.rows_in, result.rows_out, len(result.quarantine)) == (30, 30, 0)
     assert storage.read_table("s3://speeches/run/speeches")["question"].to_pylist() == rows
     assert storage.read_text("s3://speeches/run/quarantine.jsonl") == ""
-
-
-class Bucket:
-    def __init__(self, address: str) -> None:
-        self.fs = pafs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True)
-        self.fs.create_dir("speeches")
-
-    def put(self, name: str, content: bytes) -> None:
-        with self.fs.open_output_stream(f"speeches/{name}") as stream:
-            stream.write(content)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """`s3://speeches` on a moto server of this machine."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    try:
-        yield Bucket(f"{host}:{port}")
-    finally:
-        server.stop()
 
 
 @pytest.mark.parametrize(

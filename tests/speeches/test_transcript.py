@@ -23,8 +23,8 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize("value", [TURNS, json.dumps(TURNS), " \n" + json.dumps(TURNS, indent=1)])
-def test_a_list_and_its_json_are_the_same(value):
+@pytest.mark.parametrize("value", [TURNS, json.dumps(TURNS), " \n" + json.dumps(TURNS, indent=1), f" {TURNS}"])
+def test_a_list_and_its_text_are_the_same(value):
     assert read_turns(value) == (READ, None)
 
 
