@@ -40,7 +40,7 @@ def prepare(job: Job) -> None:
         labeller = topic_model(job.config)
         result = _read(job, partial)
         if labeller:
-            result.extra["topics"] = _label(job, partial, labeller, result.rows_out)
+            result.extra["topics"], result.tokens = _label(job, partial, labeller, result.rows_out)
         return result
 
     job.stage("prepare", body)
@@ -100,8 +100,8 @@ def topic_model(config: Config) -> ModelConfig | None:
     raise BadInput(f"speeches.topic_model {wanted} is no model of generation.pool; its models are {names}")
 
 
-def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, int]:
-    """Fill in `topic`, shard by shard, and count the coarse topics."""
+def _label(job: Job, partial: str, model: ModelConfig, total: int) -> tuple[dict[str, int], int]:
+    """Fill in `topic`, shard by shard; count the coarse topics, and the tokens of the answers."""
     from psycho.inference.batch import enough, run_batches
     from psycho.inference.worker import EngineSpec
     from psycho.models import resolve
@@ -114,6 +114,7 @@ def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, 
     engine = model.engine or inference.engine
     spec = EngineSpec(engine, job.config.seed, inference.env, job.verbose)
     topics: list[str] = []
+    tokens = 0
     with job.progress.stage("topics", total, "speeches") as reporter:
         arguments: dict[str, Any] = {"spec": spec, "model": resolve(job.config, model.model), "reporter": reporter}
         for fs, path in list(storage.parquet_files(folder)):
@@ -124,11 +125,12 @@ def _label(job: Job, partial: str, model: ModelConfig, total: int) -> dict[str, 
                 requests, answers, TopicBatch, arguments, inference, model.gpus_per_worker, at_once=enough(engine)
             )
             found = {row["request_id"]: row["topic"] for table in tables for row in table.to_pylist()}
+            tokens += sum(sum(table["output_tokens"].to_pylist()) for table in tables)
             column = [found[speech_id] for speech_id in speeches["speech_id"].to_pylist()]
             place = speeches.column_names.index("topic")
             storage.write_rows(speeches.set_column(place, "topic", pa.array(column)), storage.join(folder, name))
             topics += column
-    return coarse_counts(topics)
+    return coarse_counts(topics), tokens
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def parse_topic(answer: str) -> str:
 
 
 class TopicBatch:
-    """Rows with `request_id` and `question` to rows with `request_id` and `topic` (Ray Data stage)."""
+    """Rows with `request_id` and `question` to rows with `request_id`, `topic` and `output_tokens` (Ray Data stage)."""
 
     def __init__(self, spec: EngineSpec, model: str, reporter: Reporter | None) -> None:
         self._worker = VLLMWorker(spec)
@@ -52,7 +52,9 @@ class TopicBatch:
         prompts = [topic_prompt(question) for question in batch["question"].to_pylist()]
         seeds = [stable_seed("topic", i) for i in ids]
         answers = self._worker.generate(prompts, seeds, _SAMPLING, topic_schema())
+        tokens = [answer.output_tokens for answer in answers]
         if self._reporter:
-            self._reporter.add(len(ids), sum(answer.output_tokens for answer in answers))
+            self._reporter.add(len(ids), sum(tokens))
         topics = [parse_topic(answer.text) if answer.error is None else "" for answer in answers]
-        return pa.table({"request_id": ids, "topic": pa.array(topics, pa.string())})
+        columns = {"topic": pa.array(topics, pa.string()), "output_tokens": pa.array(tokens, pa.int32())}
+        return pa.table({"request_id": ids, **columns})

@@ -37,7 +37,11 @@ class FakeWorker:
         assert set(json.loads(schema)["enum"]) == set(NAMES) and len(set(seeds)) == len(seeds)
         said = [prompt[-1]["content"] for prompt in prompts]
         return [
-            Completion(text='"sleep"' if "awake" in text else '"sl', error="too long" if "endless" in text else None)
+            Completion(
+                text='"sleep"' if "awake" in text else '"sl',
+                error="too long" if "endless" in text else None,
+                output_tokens=3,
+            )
             for text in said
         ]
 
@@ -47,9 +51,9 @@ def test_each_answer_becomes_a_topic_or_none(monkeypatch):
     rows = pa.table({"request_id": ["a", "b", "c"], "question": ["I lie awake.", "I am sad.", "endless, awake"]})
     answers = TopicBatch(EngineSpec(EngineConfig()), "model", None)(rows)
     assert answers.to_pylist() == [
-        {"request_id": "a", "topic": "sleep"},
-        {"request_id": "b", "topic": ""},
-        {"request_id": "c", "topic": ""},
+        {"request_id": "a", "topic": "sleep", "output_tokens": 3},
+        {"request_id": "b", "topic": "", "output_tokens": 3},
+        {"request_id": "c", "topic": "", "output_tokens": 3},
     ]
 
 
@@ -81,7 +85,8 @@ def test_topics_reach_the_speeches_and_the_manifest(tmp_path, monkeypatch):
         asked.append(requests)
         assert at_once > 128 and stage is TopicBatch and arguments["model"].endswith("skilled")
         topics = ["sleep"] * (requests.num_rows - 1) + [""]
-        return [pa.table({"request_id": requests["request_id"], "topic": topics}).slice(i, 1) for i in range(6)]
+        columns = {"request_id": requests["request_id"], "topic": topics, "output_tokens": [3] * requests.num_rows}
+        return [pa.table(columns).slice(i, 1) for i in range(6)]
 
     @contextmanager
     def quiet(*_: Any) -> Iterator[None]:
@@ -96,7 +101,7 @@ def test_topics_reach_the_speeches_and_the_manifest(tmp_path, monkeypatch):
     assert speeches["topic"].to_pylist() == ["sleep"] * 5 + [""]
     assert asked[0]["question"].to_pylist() == speeches["question"].to_pylist()
     manifest = json.loads((tmp_path / "run" / "manifests" / "prepare.json").read_text())
-    assert manifest["topics"] == {"body": 5, "unlabelled": 1}
+    assert manifest["topics"] == {"body": 5, "unlabelled": 1} and manifest["tokens"] == 18
 
 
 @pytest.mark.slow
