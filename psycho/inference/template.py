@@ -28,9 +28,23 @@ def render(tokenizer: Any, messages: Messages, variables: Mapping[str, Any] | No
     Raises:
         ValueError: the model's template refuses these messages.
     """
-    plain = [message | {"content": plain_text(tokenizer, message["content"])} for message in messages]
-    text = with_one_bos(tokenizer, _apply(tokenizer, plain, variables or {}))
+    text = conversation(tokenizer, messages, answer=True, variables=variables)
     return text, tokenizer(text, add_special_tokens=False).input_ids
+
+
+def conversation(
+    tokenizer: Any, messages: Sequence[dict[str, str]], answer: bool = False, variables: Mapping[str, Any] | None = None
+) -> str:
+    """The messages as the model reads them, to be tokenized as they are; training, scoring and serving read the same.
+
+    Args:
+        answer: up to where the model's next answer begins.
+
+    Raises:
+        ValueError: the model's template refuses these messages.
+    """
+    plain = [message | {"content": plain_text(tokenizer, message["content"])} for message in messages]
+    return with_one_bos(tokenizer, _apply(tokenizer, plain, {"add_generation_prompt": answer} | dict(variables or {})))
 
 
 def plain_text(tokenizer: Any, text: str) -> str:
@@ -108,7 +122,8 @@ def _apply(tokenizer: Any, messages: Messages, variables: Mapping[str, Any]) -> 
     reason = ""
     for given in tries:
         try:
-            return tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, **variables)
+            text: str = tokenizer.apply_chat_template(given, tokenize=False, **variables)
+            return text
         except Exception as error:  # templates raise what they like
             reason = type(error).__name__
     raise ValueError(f"the model's chat template refuses these messages ({reason})")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from psycho.config import EngineConfig, SamplingConfig
 from psycho.inference.loop import EngineLoop
 from psycho.inference.models import cache_root, engine_signature
-from psycho.inference.template import Messages, reasoning_is_control, render, stop_ids, without_control
+from psycho.inference.template import Messages, conversation, reasoning_is_control, render, stop_ids, without_control
 from psycho.judging.digits import DigitLogprobs, digit_parameters, read_digits
 from psycho.storage import local_copy
 
@@ -231,7 +231,7 @@ class VLLMWorker:
         """Reward of each whole conversation (the model must be in use with runner `pooling`); None when too long."""
         limit = self._llm.model_config.max_model_len
         with self._tokenizing:
-            rendered = [self._tokenizer.apply_chat_template(m, tokenize=False) for m in conversations]
+            rendered = [conversation(self._tokenizer, messages) for messages in conversations]
             ids = [self._tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
         places = [index for index, row in enumerate(ids) if len(row) <= limit]
         prompts = [{"prompt_token_ids": ids[index]} for index in places]

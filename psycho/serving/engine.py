@@ -19,6 +19,7 @@ from typing import Any
 
 from psycho.config import InferenceConfig
 from psycho.inference.models import cache_root
+from psycho.inference.template import conversation, stop_ids
 from psycho.inference.worker import engine_arguments
 from psycho.serving.protocol import Conversation, Delta, Refused, Scores
 from psycho.storage import is_remote, local_copy
@@ -54,6 +55,7 @@ class _Server:
         arguments = engine_arguments(inference.engine, runner, seed)
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=folder, enable_log_requests=False, **arguments))
         self._tokenizer = self._engine.get_tokenizer()
+        self._stops = stop_ids(self._tokenizer)
         self._limit = self._engine.model_config.max_model_len
         self._ongoing = self._aborted = 0
 
@@ -66,18 +68,17 @@ class _Server:
         await self._engine.check_health()
         return {"ongoing": self._ongoing, "aborted": self._aborted}
 
-    async def _encode(self, messages: Conversation, **kwargs: Any) -> list[int] | Refused:
+    async def _encode(self, messages: Conversation, answer: bool = False) -> list[int] | Refused:
         """Token ids of the rendered messages; long ones are done beside the event loop, not in it."""
         if sum(len(message["content"]) for message in messages) > _LONG_CHARS:
-            return await asyncio.to_thread(self._encode_now, messages, **kwargs)
-        return self._encode_now(messages, **kwargs)
+            return await asyncio.to_thread(self._encode_now, messages, answer)
+        return self._encode_now(messages, answer)
 
-    def _encode_now(self, messages: Conversation, **kwargs: Any) -> list[int] | Refused:
+    def _encode_now(self, messages: Conversation, answer: bool = False) -> list[int] | Refused:
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-        except Exception as error:  # the template's own rules, say about the order of roles
-            message = f"the model's chat template refuses these messages ({type(error).__name__})"
-            return Refused(400, message, param="messages")
+            text = conversation(self._tokenizer, messages, answer)
+        except ValueError as error:  # the template's own rules, say about the order of roles
+            return Refused(400, str(error), param="messages")
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def _too_long(self, tokens: int, what: str) -> Refused:
@@ -112,7 +113,7 @@ class PolicyServer(_Server):
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        ids = await self._encode(call.messages, add_generation_prompt=True)
+        ids = await self._encode(call.messages, answer=True)
         if isinstance(ids, Refused):
             yield ids
             return
@@ -125,6 +126,7 @@ class PolicyServer(_Server):
             max_tokens=min(call.max_tokens, self._limit - len(ids)),
             seed=call.seed,
             stop=list(call.stop),
+            stop_token_ids=self._stops,
             output_kind=RequestOutputKind.DELTA if streaming else RequestOutputKind.FINAL_ONLY,
         )
         self._ongoing += 1

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from psycho.inference.template import conversation
+
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -62,14 +64,15 @@ def encode_conversation(tokenizer: Any, messages: Messages, other_weight: float 
     """A conversation; assistant turns (or only the `last`) weigh 1, all other tokens `other_weight`.
 
     Raises:
-        ValueError: the chat template rewrites earlier turns, so that turns cannot be told apart.
+        ValueError: the chat template refuses the messages, or rewrites earlier turns, so that turns cannot be told
+            apart.
     """
     pieces: list[tuple[str, float]] = []
     done = ""
     turns = [len(messages) - 1] if last else [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for turn in turns:
-        asked = tokenizer.apply_chat_template(list(messages[:turn]), tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template(list(messages[: turn + 1]), tokenize=False)
+        asked = conversation(tokenizer, messages[:turn], answer=True)
+        answered = conversation(tokenizer, messages[: turn + 1])
         for text, weight in ((asked, other_weight), (answered, 1.0)):
             if not text.startswith(done):
                 raise ValueError("the chat template rewrites earlier turns; use the last turn alone")
