@@ -39,8 +39,11 @@ def in_pieces(settings, training):  # even parameters as small as these
 loop.deepspeed_config = in_pieces
 speeches = ("I feel lost.", "I cannot sleep. Work is too much.", "I drink again.", "My mother calls me every day.")
 texts = ("That sounds painful. What do you miss?", "You noticed it.", "Cheer up.", "Just find another job.")
+def said(speech, text):  # of unequal length, so that bins are
+    return " ".join([texts[text]] * (1 + speech % 2))
+
 pairs = [
-    {"id": f"{s}{i}{j}", "question": speeches[s], "chosen": texts[i], "rejected": texts[j], "gap": 1.0,
+    {"id": f"{s}{i}{j}", "question": speeches[s], "chosen": said(s, i), "rejected": said(s, j), "gap": 1.0,
      "chosen_ratings": [5.0 - i] * 7, "rejected_ratings": [5.0 - j] * 7}
     for s in range(4) for i in range(4) for j in range(i + 1, 4)
 ]
