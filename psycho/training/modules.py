@@ -29,7 +29,7 @@ class PolicyModel(nn.Module):
         logits: elements of a chunk; none: what the device likes.
 
     `most`, where it is set, is how many trained tokens a bin may have at all. Then chunks are as many for every bin:
-    under ZeRO-3 each call of the head is a collective, and ranks whose calls differ in number wait for ever.
+    under ZeRO-3 a call of the head may gather its weight, which all ranks have to do equally often.
     """
 
     def __init__(self, model: Any, logits: int | None = None) -> None:
