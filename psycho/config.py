@@ -313,12 +313,19 @@ class SFTConfig(LoopConfig):
 
 
 class RewardConfig(LoopConfig):
-    """Bradley-Terry reward model (paper, section 4.1)."""
+    """Reward model (paper, section 4.1)."""
 
     lr: float = Field(9e-6, gt=0)
     batch_size: int = Field(128, ge=1)
     epochs: int = Field(2, ge=1)
     init: str = Field("policy", description="policy: the base policy; or a model of its own")
+    loss: Literal["bradley_terry", "plackett_luce"] = Field(
+        "bradley_terry",
+        description="plackett_luce: a speech's pairs as one ranking (pairs.min_gap 0: of all that differ)",
+    )
+    average: Literal["pairs", "speeches"] = Field(
+        "pairs", description="the loss is the mean over pairs; speeches: each counts one, whatever its number of pairs"
+    )
     margin_per_gap: float = Field(0.0, ge=0, description="the margin asked for is this times the pair's gap")
     centring: float = Field(0.0, ge=0, description="weight of (r_c + r_r)^2, which keeps rewards around zero")
     principle_heads: float = Field(0.0, ge=0, description="weight of learning the seven ratings beside; 0: no heads")
@@ -330,13 +337,23 @@ class PreferenceConfig(LoopConfig):
     lr: float = Field(5e-7, gt=0)
     batch_size: int = Field(64, ge=1)
     beta: float = Field(0.1, gt=0)
-    loss: Literal["dpo", "ipo", "hinge", "robust", "dpo_norm", "simpo", "orpo"] = "dpo"
+    loss: Literal["dpo", "plackett_luce", "ipo", "hinge", "robust", "dpo_norm", "simpo", "orpo"] = Field(
+        "dpo", description="plackett_luce: DPO on a speech's pairs as one ranking"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be wrong (dpo, robust)")
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
     f_alpha: float = Field(0.5, gt=0, description="of the alpha divergence; 1 is reverse_kl")
     simpo_gamma: float = Field(0.5, ge=0, description="SimPO's target margin")
     ld_alpha: float = Field(1.0, ge=0, le=1, description="weight of tokens beyond the length both sides share")
     nll_weight: float = Field(0.0, ge=0, description="weight of the chosen response's negative log-likelihood")
+
+    @model_validator(mode="after")
+    def _rankings(self) -> PreferenceConfig:
+        pairwise = {"label_smoothing": self.label_smoothing > 0, "ld_alpha": self.ld_alpha < 1}
+        given = [name for name, there in pairwise.items() if there]
+        if self.loss == "plackett_luce" and given:
+            raise ValueError(f"{given[0]} is about pairs and loss plackett_luce about rankings; leave one of them out")
+        return self
 
 
 class DPOConfig(PreferenceConfig):
@@ -352,6 +369,9 @@ class LoRAConfig(Section):
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = Field((), description="none: every linear layer")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="nf4: the frozen weights in 4 bit (QLoRA), on a GPU and with the package bitsandbytes"
+    )
 
 
 class TrainingConfig(Section):
@@ -367,6 +387,9 @@ class TrainingConfig(Section):
     offload_parameters: bool = Field(False, description="to the host's memory; needs zero_stage 3")
     gradient_checkpointing: bool = False
     bin_tokens: int = Field(16384, ge=32, description="tokens a worker handles at once; at least twice max_length")
+    sequence_parallel: int = Field(
+        1, ge=1, description="workers that share the tokens of each bin (Ulysses), for transcripts too long for one"
+    )
     checkpoint_every_steps: int | None = Field(100, ge=1, description="an interrupted training goes on from the last")
     max_failures: int = Field(0, ge=0, description="worker failures (a spot node that goes) after which it goes on")
     keep: Literal["last", "best"] = Field("last", description="best: lowest loss on the dev pairs (pairs.dev_share)")
@@ -391,6 +414,18 @@ class TrainingConfig(Section):
             )
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage 3; set it or switch offload_parameters off")
+        if self.workers % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel} does not divide the {self.workers} workers; change one"
+            )
+        if self.sequence_parallel > 1 and not self.packing:
+            raise ValueError("sequence_parallel needs packing; switch it on or set sequence_parallel to 1")
+        if self.lora and self.lora.quantize and self.device == "cpu":
+            raise ValueError("lora.quantize needs a GPU, and device is cpu; set lora.quantize to null")
+        if self.lora and self.lora.quantize and self.zero_stage == 3:
+            raise ValueError(
+                "lora.quantize does not go with zero_stage 3, which cuts weights that are in 4 bit; set zero_stage to 2"
+            )
         return self
 
 
@@ -522,6 +557,13 @@ class Config(Section):
     def _dev(self) -> Config:
         if self.online.patience is not None and not self.pairs.dev_share:
             raise ValueError("online.patience watches a dev score, and pairs.dev_share is 0; set it to 0.1, say")
+        lora = self.training.lora
+        if self.online.reference == "fixed" and (self.training.sequence_parallel > 1 or (lora and lora.quantize)):
+            setting = "lora.quantize" if lora and lora.quantize else "sequence_parallel"
+            raise ValueError(
+                f"online.reference fixed keeps a copy of the first policy, which training.{setting} is not made for; "
+                "set online.reference to each_round"
+            )
         return self
 
 

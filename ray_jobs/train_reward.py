@@ -1,4 +1,4 @@
-"""The Bradley-Terry reward model on the train pairs.
+"""The reward model on the train pairs: Bradley-Terry, or Plackett-Luce on the rankings that a speech's pairs make up.
 
 python -m ray_jobs.train_reward --config configs/nano.yaml
 """

@@ -9,7 +9,7 @@ it is FlexAttention with a block mask.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from psycho.training.sequence import SequenceGroup
 from psycho.training.shared_prompt import fits, shared_prompt
 
 NAME = "speech_groups"
@@ -26,10 +27,14 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the groups of a bin lie: per group the span of its prompt and the spans of its responses."""
+    """Where the groups of a bin lie: per group the span of its prompt and the spans of its responses.
+
+    With a `sequence` group its ranks share the bin's tokens, and each holds a slice of them.
+    """
 
     groups: tuple[tuple[Span, tuple[Span, ...]], ...]
     length: int
+    sequence: SequenceGroup | None = None
     masks: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def block_mask(self, window: int | None, device: torch.device) -> Any:
@@ -87,6 +92,11 @@ def speech_groups(
     Returns:
         [B, T, H, D], and no weights.
     """
+    if layout is not None and layout.sequence is not None:
+        whole = layout.sequence.to_heads(query, key, value, layout.length)
+        alone = replace(layout, sequence=None)  # it shares the masks
+        found, _ = speech_groups(module, *whole, None, dropout, scaling, alone, sliding_window, softcap)
+        return layout.sequence.to_tokens(found), None
     window = sliding_window if sliding_window is None or sliding_window < query.shape[2] else None
     if query.is_cuda and layout is not None:
         mask = layout.block_mask(window, query.device)

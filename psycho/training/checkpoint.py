@@ -25,7 +25,7 @@ History = list[dict[str, float]]
 NOT_IN_KEY = {
     "workers", "zero_stage", "offload_optimizer", "offload_parameters", "gradient_checkpointing", "gpus_per_worker",
     "env", "checkpoint_every_steps", "max_failures", "start_timeout_s", "collective_timeout_s", "cpus_per_worker",
-    "threads_per_worker", "peak_tflops",
+    "threads_per_worker", "peak_tflops", "sequence_parallel",
 }  # fmt: skip
 
 

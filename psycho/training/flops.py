@@ -51,7 +51,7 @@ def count_flops(model: Any, words: bool, frozen: bool) -> ModelFlops:
     own_head = 0 if head is None or head is model.get_input_embeddings().weight else head.numel()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelFlops(
-        layers=sum(p.numel() for p in model.parameters()) - embedding - own_head,
+        layers=model.num_parameters() - embedding - own_head,  # counts weights in 4 bit as what they stand for
         head=0 if head is None else head.numel(),
         attention=4 * text.num_attention_heads * width * text.num_hidden_layers,
         frozen=frozen,

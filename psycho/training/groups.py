@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from psycho.errors import BadInput
 from psycho.inference.template import conversation
 
 Messages = Sequence[Mapping[str, str]]
@@ -34,7 +35,8 @@ class Group:
     """One prompt, its responses, and (chosen, rejected) positions among them; no pair: supervised text.
 
     `references` are the reference policy's summed log-probabilities, one a response, once they are known. `ratings` are
-    the seven principles' ratings of each response, NaN where unknown, or empty.
+    the seven principles' ratings of each response, NaN where unknown, or empty. `scale` is what each of the group's
+    values counts in the mean loss.
     """
 
     prompt: list[int]
@@ -43,6 +45,7 @@ class Group:
     gaps: tuple[float, ...] = ()
     references: tuple[float, ...] | None = None
     ratings: tuple[tuple[float, ...], ...] = ()
+    scale: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -53,6 +56,11 @@ class Group:
     def count(self) -> int:
         """What the group counts in a batch: its pairs, or its responses where there are none."""
         return len(self.pairs) or len(self.responses)
+
+    @property
+    def choices(self) -> int:
+        """Responses that are preferred to others: each is one choice out of a list."""
+        return len({chosen for chosen, _ in self.pairs})
 
     @property
     def longest(self) -> int:
@@ -121,26 +129,44 @@ def only(group: Group, pairs: Sequence[int]) -> Group:
     )
 
 
-def split(group: Group, budget: int) -> list[Group]:
+def split(group: Group, budget: int, listwise: bool = False) -> list[Group]:
     """Groups of at most `budget` tokens that hold the same pairs; the prompt is repeated in each.
+
+    Args:
+        listwise: the pairs of one chosen response stay together.
 
     Raises:
         ValueError: one pair (or one response without a pair) is over the budget by itself.
+        BadInput: a list is.
     """
     if group.tokens <= budget:
         return [group]
     parts: list[Group] = []
     held: list[int] = []
-    for pair in range(len(group.pairs)):
-        if held and only(group, [*held, pair]).tokens > budget:
+    for unit in _lists(group) if listwise else [[pair] for pair in range(len(group.pairs))]:
+        if held and only(group, [*held, *unit]).tokens > budget:
             parts.append(only(group, held))
             held = []
-        held.append(pair)
+        held += unit
     if held:
         parts.append(only(group, held))
-    if not parts or any(part.tokens > budget for part in parts):
+    most = max((part.tokens for part in parts), default=group.tokens)
+    if most > budget and listwise:
+        raise BadInput(
+            f"a response and all those it is preferred to take {most:,} tokens, and loss plackett_luce reads them at "
+            f"once; set training.bin_tokens (now {budget:,}) to that at least"
+        )
+    if most > budget:
         raise ValueError("a pair alone is over the budget")
     return parts
+
+
+def _lists(group: Group) -> list[list[int]]:
+    """The pairs of each chosen response."""
+    found: dict[int, list[int]] = {}
+    for pair, (chosen, _) in enumerate(group.pairs):
+        found.setdefault(chosen, []).append(pair)
+    return list(found.values())
 
 
 def desensitise(group: Group, alpha: float) -> list[Group]:

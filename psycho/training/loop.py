@@ -24,19 +24,20 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from psycho.config import LoopConfig, TrainingConfig
+from psycho.errors import BadInput
 from psycho.principles import STEMS
 from psycho.run import content_key
 from psycho.training.checkpoint import NOT_IN_KEY, Best, Checkpoints
 from psycho.training.engine import deepspeed_config
 from psycho.training.flops import count_flops
 from psycho.training.groups import Group, response_key, split
-from psycho.training.lora import add_lora, merged
-from psycho.training.modules import use_packing
+from psycho.training.lora import add_lora, dequantized, load_options, merged, unquantized
+from psycho.training.modules import PolicyModel, use_packing
 from psycho.training.objectives import OBJECTIVES, Preference, Row
-from psycho.training.packing import Batch, packed, padded
+from psycho.training.packing import Batch, packed, padded, shared
 from psycho.training.plan import Step, learning_rate, plan_epoch
 from psycho.training.references import with_references
-from psycho.training.states import portable
+from psycho.training.sequence import sequence_group
 
 HEADS = "principle_heads"  # folder of a reward model's extra heads
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -49,21 +50,30 @@ class Trainer:
         _seed(seed)
         self.settings, self.training = settings, training
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.sequence = sequence_group(training.sequence_parallel)
+        # A lane is the ranks that share each of their bins; the plan deals bins to lanes.
+        self.lane = self.rank // training.sequence_parallel, self.world // training.sequence_parallel
         self.device = torch.device("cpu" if training.device == "cpu" else f"cuda:{torch.cuda.current_device()}")
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.objective = OBJECTIVES[kind](settings, self.tokenizer)
-        loaded = self.objective.load(model, torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        loaded = self.objective.load(model, dtype, **load_options(training.lora, self.device, dtype))
         self.unpacked = use_packing(loaded) if training.packing else "training.packing is off"
+        if self.sequence:
+            _check_sequence(loaded, training.sequence_parallel, self.unpacked)
         self._flops = count_flops(loaded, words=kind != "reward", frozen=training.lora is not None)
         if training.gradient_checkpointing:
             loaded.gradient_checkpointing_enable()
         self._config = loaded.config
-        self._save_pretrained = loaded.save_pretrained
+        quantized = training.lora and training.lora.quantize
+        self._save_pretrained = (unquantized(loaded) if quantized else loaded).save_pretrained
         if training.lora:
             loaded = add_lora(loaded, training.lora, "SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
         module = self.objective.wrap(loaded)
+        if training.zero_stage == 3 and isinstance(module, PolicyModel):
+            module.most = -(-training.bin_tokens // training.sequence_parallel)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
@@ -84,9 +94,10 @@ class Trainer:
         dist.all_gather_object(shares, mine)
         groups: list[Group] = []
         too_long: list[int] = []
+        room = self.training.bin_tokens
         for turn, own in enumerate(members):
             encoded, over = shares[turn % self.world][turn // self.world]
-            groups += [part for group in encoded for part in split(group, self.training.bin_tokens)]
+            groups += [part for group in encoded for part in split(group, room, self.objective.listwise)]
             too_long += [own[place] for place in over]
         return groups, sorted(too_long)
 
@@ -96,14 +107,12 @@ class Trainer:
         found = []
         if self.unpacked is not None and self.training.packing:
             found.append(f"not packed, a padded row for each response, which is slower: {self.unpacked}")
-        if self.training.checkpoint_every_steps and not portable(self.engine):
-            found.append("no checkpoints are written at zero_stage 0 in bf16; set training.zero_stage=1 for them")
         return found
 
     def collate(self, groups: Sequence[Group]) -> Batch:
         """One micro-step's groups on this rank's device."""
         batch = padded(groups, self.tokenizer.pad_token_id) if self.unpacked else packed(groups)
-        return batch.to(self.device)
+        return (shared(batch, self.sequence) if self.sequence else batch).to(self.device)
 
     def fit(
         self,
@@ -131,7 +140,7 @@ class Trainer:
             step
             for epoch in range(settings.epochs)
             for step in plan_epoch(
-                sizes, counts, settings.batch_size, self.world, self.training.bin_tokens, seed + epoch, shuffle
+                sizes, counts, settings.batch_size, self.lane[1], self.training.bin_tokens, seed + epoch, shuffle
             )
         ]
         saved = self._checkpoints(checkpoints, groups, seed)
@@ -160,7 +169,7 @@ class Trainer:
 
     def _checkpoints(self, folder: str | None, groups: Sequence[Group], seed: int) -> Checkpoints | None:
         every = self.training.checkpoint_every_steps
-        if folder is None or every is None or not portable(self.engine):
+        if folder is None or every is None:
             return None
         data = [response_key(group, index) for group in groups for index in range(len(group.responses))]
         training = self.training.model_dump(exclude=NOT_IN_KEY)
@@ -181,7 +190,7 @@ class Trainer:
         """One optimizer step. Nothing waits for the device before the sums are read at its end."""
         total = sum(self.objective.weight(groups[index]) for index in step.groups)
         count = sum(groups[index].count for index in step.groups)
-        mine = step.of(self.rank, self.world)
+        mine = step.of(*self.lane)
         sums: dict[str, torch.Tensor] = {}
         for turn, members in enumerate(mine):
             # A rank without a group joins the collectives with somebody's smallest and adds nothing.
@@ -195,7 +204,8 @@ class Trainer:
             for name, value in parts.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + share * value
         names = sorted(sums)
-        stacked = torch.stack([sums[name].double() for name in names])
+        # The ranks of a lane have all computed the same sums, though each has just its part of the gradient.
+        stacked = torch.stack([sums[name].double() for name in names]) / self.training.sequence_parallel
         dist.all_reduce(stacked)
         merged = dict(zip(names, stacked.tolist(), strict=True))
         loss_value = merged.pop("loss") / (merged.pop("loss_weight", None) or count)
@@ -214,17 +224,18 @@ class Trainer:
     def _mean_loss(self, groups: Sequence[Group]) -> float:
         """The objective's mean loss over groups, without training; every rank must call."""
         sizes, counts = [group.tokens for group in groups], [group.count for group in groups]
-        (step,) = plan_epoch(sizes, counts, sum(counts), self.world, self.training.bin_tokens, 0, shuffle=False)
+        (step,) = plan_epoch(sizes, counts, sum(counts), self.lane[1], self.training.bin_tokens, 0, shuffle=False)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.eval()
         with torch.no_grad():
-            for members in step.of(self.rank, self.world):
+            for members in step.of(*self.lane):
                 batch = self.collate([groups[index] for index in members or step.groups[-1:]])
                 loss, _ = self.objective.sums(self.engine(batch), batch)
                 total += loss.double() * bool(members)
         self.engine.train()
         dist.all_reduce(total)
-        return total.item() / max(sum(self.objective.weight(group) for group in groups), 1e-9)
+        weight = sum(self.objective.weight(group) for group in groups) * self.training.sequence_parallel
+        return total.item() / max(weight, 1e-9)
 
     def _with_references(self, groups: Sequence[Group], folder: str | None) -> list[Group]:
         assert isinstance(self.objective, Preference)
@@ -236,6 +247,7 @@ class Trainer:
             self.collate,
             self.training.bin_tokens,
             folder,
+            self.lane,
         )
 
     def save(self, folder: str) -> None:
@@ -243,7 +255,7 @@ class Trainer:
         if self.training.zero_stage == 3:
             state = self.engine._zero3_consolidated_16bit_state_dict()
         else:
-            state = {name: value.detach().cpu() for name, value in self.engine.module.state_dict().items()}
+            state = {name: value.detach().cpu() for name, value in self._weights().items()}
         if self.rank == 0:
             heads = {name: value.contiguous() for name, value in state.items() if name.startswith("principles.")}
             state = {name.removeprefix("model."): value for name, value in state.items() if name not in heads}
@@ -257,9 +269,15 @@ class Trainer:
                 save_heads(folder, heads)
         dist.barrier()
 
+    def _weights(self) -> dict[str, torch.Tensor]:
+        lora, module = self.training.lora, self.engine.module
+        return dequantized(module) if lora and lora.quantize else module.state_dict()
+
     def close(self) -> None:
         """Give back what the engine holds."""
         self.engine.destroy()
+        if self.sequence:
+            dist.destroy_process_group(self.sequence.ranks)
 
 
 def write_history(folder: str, history: list[dict[str, float]]) -> None:
@@ -291,6 +309,22 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _check_sequence(model: Any, ranks: int, unpacked: str | None) -> None:
+    """Refuse a model whose bins ranks cannot share.
+
+    Raises:
+        BadInput: its heads do not divide, or it does not go through our attention.
+    """
+    heads = model.config.get_text_config().num_attention_heads
+    if unpacked:
+        raise BadInput(f"training.sequence_parallel needs packed bins, and {unpacked}; set it to 1")
+    if heads % ranks:
+        raise BadInput(
+            f"training.sequence_parallel {ranks} does not divide the {heads} attention heads of "
+            f"{type(model).__name__}; set a number that does"
+        )
 
 
 def _seed(seed: int) -> None:

@@ -1,8 +1,8 @@
 """The objectives as pure functions of log-probabilities, rewards and lengths.
 
-Each returns one value a pair; sums and counts travel from there, so that micro-batches and ranks add up to exactly
-the loss of the whole batch: the division happens once. Summed log-probabilities come in fp64 (`sequence_sums`): in
-fp32 even the plain computation is 2e-5 off.
+Each returns one value a pair, or one a choice out of a list; sums and counts travel from there, so that micro-batches
+and ranks add up to exactly the loss of the whole batch: the division happens once. Summed log-probabilities come in
+fp64 (`sequence_sums`): in fp32 even the plain computation is 2e-5 off.
 """
 
 from __future__ import annotations
@@ -19,10 +19,27 @@ from psycho.config import PreferenceConfig
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Which pairs are one choice, of a response out of a list with all those that it is preferred to.
+
+    `of`: [P], the choice of each pair, in [0, `count`).
+    """
+
+    of: Tensor
+    count: int
+
+    def means(self, values: Tensor) -> Tensor:
+        """Of values of pairs, [P], those of each choice, [C]."""
+        sums = values.new_zeros(self.count).index_add(0, self.of, values)
+        return sums / values.new_zeros(self.count).index_add(0, self.of, torch.ones_like(values))
+
+
+@dataclass(frozen=True)
 class PairLogprobs:
     """Chosen and rejected of P pairs: summed log-probabilities of policy and reference and trained tokens, [P] each.
 
-    Reference values are None for objectives that need no reference.
+    Reference values are None for objectives that need no reference. `choices` are those of the pairs where the
+    objective is about lists; None: each pair by itself.
     """
 
     chosen: Tensor
@@ -31,6 +48,7 @@ class PairLogprobs:
     reference_rejected: Tensor | None
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    choices: Choices | None = None
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         """log(policy / reference) of chosen and rejected."""
@@ -47,6 +65,23 @@ def sequence_sums(values: Tensor, response: Tensor, count: int) -> Tensor:
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(r_c - r_r - margin), [P] (paper, section 4.1; Bradley and Terry 1952; margin: Llama 2, eq. 2)."""
     return -F.logsigmoid(chosen - rejected - margin)
+
+
+def plackett_luce(advantages: Tensor, choices: Choices) -> Tensor:
+    """-log P(a response is chosen out of its list), [C] (Luce 1959; Plackett 1975).
+
+    Where every response is preferred to all that are ranked below it, the sum over the choices of a speech is the
+    negative log-likelihood of its whole ranking. Nothing is asked of responses that tie, or that no pair orders:
+    neither stands in the other's list, which Luce's axiom allows. A list of two is Bradley-Terry.
+
+    Args:
+        advantages: score of the chosen response less that of the rejected one (less a margin), [P].
+    """
+    against = -advantages
+    zeros = against.new_zeros(choices.count)
+    top = zeros.scatter_reduce(0, choices.of, against.detach(), "amax")  # at least 0, the chosen one's own term
+    sums = torch.exp(-top).index_add(0, choices.of, torch.exp(against - top[choices.of]))
+    return top + torch.log(sums)
 
 
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -99,6 +134,13 @@ def _ipo(pairs: PairLogprobs, settings: PreferenceConfig) -> Tensor:
     return (delta - 1 / (2 * settings.beta)) ** 2
 
 
+def _plackett_luce(pairs: PairLogprobs, settings: PreferenceConfig) -> Tensor:
+    """Rafailov et al. 2023, appendix A.3: DPO on rankings."""
+    chosen, rejected = _scores(pairs, settings)
+    advantages = settings.beta * (chosen - rejected)
+    return -F.logsigmoid(advantages) if pairs.choices is None else plackett_luce(advantages, pairs.choices)
+
+
 def _hinge(pairs: PairLogprobs, settings: PreferenceConfig) -> Tensor:
     """Zhao et al. 2023 (SLiC), on log ratios."""
     chosen, rejected = _scores(pairs, settings)
@@ -136,6 +178,7 @@ def _log1mexp(value: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[PairLogprobs, PreferenceConfig], Tensor]] = {
     "dpo": _dpo,
+    "plackett_luce": _plackett_luce,
     "robust": _robust,
     "ipo": _ipo,
     "hinge": _hinge,
@@ -147,8 +190,12 @@ WITHOUT_REFERENCE = frozenset({"simpo", "orpo"})
 
 
 def preference(pairs: PairLogprobs, settings: PreferenceConfig) -> Tensor:
-    """The configured objective, [P], with `nll_weight` times the chosen text's mean negative log-likelihood."""
+    """The configured objective, [P], with `nll_weight` times the chosen text's mean negative log-likelihood.
+
+    Where the pairs come with `choices`: [C].
+    """
     loss = LOSSES[settings.loss](pairs, settings)
     if settings.nll_weight:
-        loss = loss - settings.nll_weight * pairs.chosen / pairs.chosen_tokens.clamp(min=1)
+        likelihood = pairs.chosen / pairs.chosen_tokens.clamp(min=1)
+        loss = loss - settings.nll_weight * (pairs.choices.means(likelihood) if pairs.choices else likelihood)
     return loss

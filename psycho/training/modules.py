@@ -23,11 +23,19 @@ _UNSUPPORTED = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logit
 
 
 class PolicyModel(nn.Module):
-    """A causal language model that returns log-probabilities, [N] of a batch's trained tokens, fp32."""
+    """A causal language model that returns log-probabilities, [N] of a batch's trained tokens, fp32.
+
+    Args:
+        logits: elements of a chunk; none: what the device likes.
+
+    `most`, where it is set, is how many trained tokens a bin may have at all. Then chunks are as many for every bin:
+    under ZeRO-3 a call of the head may gather its weight, which all ranks have to do equally often.
+    """
 
     def __init__(self, model: Any, logits: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.most: int | None = None
         self._logits = logits
 
     def forward(self, batch: Batch) -> Tensor:
@@ -35,11 +43,17 @@ class PolicyModel(nn.Module):
         hidden = _hidden(base.base_model, batch)[batch.source]
         head = base.get_output_embeddings()
         cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-        size = max(128, (self._logits or LOGITS[hidden.device.type]) // base.config.get_text_config().vocab_size)
-        if hidden.shape[0] <= size:
-            return _logprobs(head, hidden, batch.targets, cap)
-        rows = zip(hidden.split(size), batch.targets.split(size), strict=True)
-        return torch.cat([checkpoint(_logprobs, head, h, t, cap, use_reentrant=False) for h, t in rows])
+        vocabulary = base.config.get_text_config().vocab_size
+        size = (
+            max(1, self._logits // vocabulary) if self._logits else max(128, LOGITS[hidden.device.type] // vocabulary)
+        )
+        chunks = -(-(self.most or hidden.shape[0]) // size)
+        if chunks <= 1:
+            found = _logprobs(head, hidden, batch.targets, cap)
+        else:
+            rows = zip(hidden.tensor_split(chunks), batch.targets.tensor_split(chunks), strict=True)
+            found = torch.cat([checkpoint(_logprobs, head, h, t, cap, use_reentrant=False) for h, t in rows])
+        return _whole(found, batch, batch.own_tokens, len(batch.weights))
 
 
 class RewardModel(nn.Module):
@@ -61,8 +75,10 @@ class RewardModel(nn.Module):
         last = _hidden(base.base_model, batch)[batch.last]
         rewards: Tensor = base.score(last).float()
         if self.principles is None:
-            return rewards.squeeze(-1)
-        return torch.cat([rewards, self.principles(last).float()], dim=1)
+            rewards = rewards.squeeze(-1)
+        else:
+            rewards = torch.cat([rewards, self.principles(last).float()], dim=1)
+        return _whole(rewards, batch, batch.own_responses, len(batch.lengths))
 
 
 def _hidden(decoder: Any, batch: Batch) -> Tensor:
@@ -70,6 +86,13 @@ def _hidden(decoder: Any, batch: Batch) -> Tensor:
     layout = {} if batch.layout is None else {"layout": batch.layout}
     out = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout)
     return out.last_hidden_state.flatten(0, 1)
+
+
+def _whole(found: Tensor, batch: Batch, places: Tensor | None, count: int) -> Tensor:
+    """What all ranks that share the bin say."""
+    if places is None or batch.layout is None or batch.layout.sequence is None:
+        return found
+    return batch.layout.sequence.whole(found, places, count)
 
 
 def _logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:

@@ -37,13 +37,14 @@ class Objective(ABC):
     """One kind of training."""
 
     needs_reference = False
+    listwise = False
 
     def __init__(self, settings: LoopConfig, tokenizer: Any) -> None:
         self.settings, self.tokenizer = settings, tokenizer
 
-    def load(self, path: str, dtype: torch.dtype) -> Any:
-        """The `transformers` model to train."""
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    def load(self, path: str, dtype: torch.dtype, **options: Any) -> Any:
+        """The `transformers` model to train; `options` are those of `from_pretrained`."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         check_head(model)
         return model
 
@@ -98,9 +99,21 @@ class SFT(Objective):
 
 
 class _Pairs(Objective):
-    """Rows: `messages` (JSON) or `question`, `chosen`, `rejected`, optionally `gap`. Rows of one prompt are a group."""
+    """Rows: `messages` (JSON) or `question`, `chosen`, `rejected`, optionally `gap`. Rows of one prompt are a group.
 
-    settings: LoopConfig
+    With loss plackett_luce its pairs are read as the ranking that they make up (`losses.plackett_luce`): a response
+    against all those it is preferred to. So ties, pairs under the gap and less safe responses stay out of it, too.
+    """
+
+    settings: RewardConfig | PreferenceConfig
+
+    def __init__(self, settings: LoopConfig, tokenizer: Any) -> None:
+        super().__init__(settings, tokenizer)
+        self.listwise = self.settings.loss == "plackett_luce"
+
+    def choices(self, batch: Batch) -> losses.Choices | None:
+        """Those of the batch where the objective is about lists."""
+        return losses.Choices(batch.choice, batch.choices) if self.listwise else None
 
     def members(self, rows: Sequence[Row]) -> list[list[int]]:
         speeches: dict[str, list[int]] = {}
@@ -115,7 +128,9 @@ class _Pairs(Objective):
         ]
         kept = [place for place, good in enumerate(fits) if good]
         too_long = [place for place, good in enumerate(fits) if not good]
-        return ([only(group, kept)] if too_long and kept else [group] if kept else []), too_long
+        if self.listwise:  # in a list a response stands once
+            kept = [place for place in kept if group.pairs.index(group.pairs[place]) == place]
+        return ([only(group, kept)] if kept and len(kept) < len(rows) else [group] if kept else []), too_long
 
     def _group(self, prompt: list[dict[str, str]], rows: Sequence[Row]) -> Group:
         place: dict[str, int] = {}
@@ -126,18 +141,31 @@ class _Pairs(Objective):
         return encode_group(self.tokenizer, prompt, list(place), pairs, [row.get("gap") or 0.0 for row in rows])
 
     def weight(self, group: Group) -> float:
-        return float(len(group.pairs))
+        return group.scale * (group.choices if self.listwise else len(group.pairs))
+
+    def summed(self, loss: Tensor, batch: Batch) -> tuple[Tensor, Sums]:
+        """The sum of a loss of one value a pair (or a choice), with what its mean is over."""
+        choices = self.choices(batch)
+        weights = choices.means(batch.scales) if choices else batch.scales
+        total = (loss * weights).sum()
+        return total, {"loss": total.detach(), "loss_weight": weights.sum()}
 
 
 class Reward(_Pairs):
-    """Bradley-Terry reward model: one logit at the last token of the conversation."""
+    """Bradley-Terry or Plackett-Luce reward model: one logit at the last token of the conversation."""
 
     settings: RewardConfig
 
-    def load(self, path: str, dtype: torch.dtype) -> Any:
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
+    def load(self, path: str, dtype: torch.dtype, **options: Any) -> Any:
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype, **options)
         model.config.pad_token_id = self._padding()
         return model
+
+    def encode(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
+        kept, too_long = super().encode(rows, max_length)
+        if self.settings.average == "speeches":  # before a group is cut to fit its bin
+            kept = [replace(group, scale=1 / self.weight(group)) for group in kept]
+        return kept, too_long
 
     def wrap(self, model: Any) -> nn.Module:
         return RewardModel(model, len(STEMS) if self.settings.principle_heads else 0)
@@ -163,17 +191,22 @@ class Reward(_Pairs):
     def sums(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Sums]:
         rewards = outputs[:, 0] if outputs.dim() == 2 else outputs
         chosen, rejected = rewards[batch.pairs[:, 0]], rewards[batch.pairs[:, 1]]
-        loss = losses.bradley_terry(chosen, rejected, self.settings.margin_per_gap * batch.gaps)
+        margins, choices = self.settings.margin_per_gap * batch.gaps, self.choices(batch)
+        if choices is None:
+            loss = losses.bradley_terry(chosen, rejected, margins)
+        else:
+            loss = losses.plackett_luce(chosen - rejected - margins, choices)
         if self.settings.centring:
-            loss = loss + self.settings.centring * losses.centring(chosen, rejected)
+            centring = losses.centring(chosen, rejected)
+            loss = loss + self.settings.centring * (choices.means(centring) if choices else centring)
         found: Sums = {}
         if batch.ratings is not None:
             error = losses.rating_error(outputs[:, 1:], batch.ratings)[batch.pairs].mean(1)  # [P], of both sides
-            loss = loss + self.settings.principle_heads * error
+            loss = loss + self.settings.principle_heads * (choices.means(error) if choices else error)
             found["rating_error"] = error.sum().detach()
         correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-        return loss.sum(), found | {
-            "loss": loss.sum().detach(),
+        total, parts = self.summed(loss, batch)
+        return total, found | parts | {
             "accuracy": correct.sum().detach(),
             "margin": (chosen - rejected).sum().detach(),
         }
@@ -209,10 +242,10 @@ class Preference(_Pairs):
             None if reference is None else reference[other],
             batch.lengths[one],
             batch.lengths[other],
+            self.choices(batch),
         )
-        loss = losses.preference(pairs, self.settings).sum()
-        statistics = self._statistics(pairs) | {"loss": loss}
-        return loss, {name: value.detach() for name, value in statistics.items()}
+        loss, parts = self.summed(losses.preference(pairs, self.settings), batch)
+        return loss, {name: value.detach() for name, value in (self._statistics(pairs) | parts).items()}
 
     def _statistics(self, pairs: losses.PairLogprobs) -> Sums:
         """Sums over pairs; the chosen text's log-probability falling is a failure that the margin does not show."""

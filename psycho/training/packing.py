@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from psycho.training.attention import Layout
 from psycho.training.groups import Group
+from psycho.training.sequence import SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,11 @@ class Batch:
     `source`, `targets`, `weights`, `response`: [N], a trained token each; `source` counts in the flattened [B * T].
     `last`: [R], where each response ends, flattened. `lengths`: [R] trained tokens.
     `pairs`: [P, 2] chosen and rejected response. `references`: [R] or None. `gaps`: [P], 0 where unknown.
-    `ratings`: [R, 7], NaN where unknown, or None.
+    `choice`: [P], which of the `choices` a pair belongs to: those of one chosen response are one choice out of a list.
+    `scales`: [P], what a pair's value counts. `ratings`: [R, 7], NaN where unknown, or None.
+
+    Where ranks share the tokens (`shared`), tokens, `source`, `targets` and `last` are this rank's slice, and
+    `own_tokens` and `own_responses` say which of the N and R those are; everything else is of the whole bin.
     """
 
     input_ids: Tensor
@@ -39,8 +45,13 @@ class Batch:
     lengths: Tensor
     pairs: Tensor
     gaps: Tensor
+    choice: Tensor
+    choices: int
+    scales: Tensor
     references: Tensor | None
     ratings: Tensor | None = None
+    own_tokens: Tensor | None = None
+    own_responses: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device, copied without waiting."""
@@ -80,14 +91,18 @@ class _Builder:
         first = 0
         pairs: list[tuple[int, int]] = []
         gaps: list[float] = []
+        scales: list[float] = []
         references: list[float] = []
         ratings: list[tuple[float, ...]] = []
         for group in groups:
             pairs += [(first + chosen, first + rejected) for chosen, rejected in group.pairs]
             gaps += group.gaps or (0.0,) * len(group.pairs)
+            scales += (group.scale,) * len(group.pairs)
             references += group.references or ()
             ratings += group.ratings
             first += len(group.responses)
+        number: dict[int, int] = {}
+        choice = [number.setdefault(chosen, len(number)) for chosen, _ in pairs]
         return Batch(
             ids,
             positions,
@@ -100,6 +115,9 @@ class _Builder:
             torch.tensor(self.lengths),
             torch.tensor(pairs, dtype=torch.long).view(-1, 2),
             torch.tensor(gaps, dtype=torch.float32),
+            torch.tensor(choice, dtype=torch.long),
+            len(number),
+            torch.tensor(scales, dtype=torch.float32),
             torch.tensor(references, dtype=torch.float64) if len(references) == first else None,
             torch.tensor(ratings, dtype=torch.float32) if len(ratings) == first else None,
         )
@@ -125,6 +143,28 @@ def packed(groups: Sequence[Group]) -> Batch:
         spans.append(((begin, begin + size), tuple(responses)))
     layout = Layout(tuple(spans), len(ids))
     return builder.batch(torch.tensor([ids]), torch.tensor([positions]), layout, groups)
+
+
+def shared(batch: Batch, sequence: SequenceGroup) -> Batch:
+    """This rank's slice of a packed bin whose tokens the ranks of a group share; the last slices are filled up."""
+    assert batch.layout is not None and batch.position_ids is not None
+    size = -(-batch.layout.length // sequence.size)
+    first = sequence.rank * size
+    rest = (0, size * sequence.size - batch.layout.length)
+    tokens, responses = (
+        ((where >= first) & (where < first + size)).nonzero()[:, 0] for where in (batch.source, batch.last)
+    )
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, rest)[:, first : first + size],
+        position_ids=F.pad(batch.position_ids, rest)[:, first : first + size],
+        layout=replace(batch.layout, sequence=sequence),
+        source=batch.source[tokens] - first,
+        targets=batch.targets[tokens],
+        last=batch.last[responses] - first,
+        own_tokens=tokens,
+        own_responses=responses,
+    )
 
 
 def padded(groups: Sequence[Group], pad: int) -> Batch:

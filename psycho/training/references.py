@@ -31,6 +31,7 @@ def with_references(
     collate: Callable[[Sequence[Group]], Batch],
     budget: int,
     folder: str | None,
+    lane: tuple[int, int] | None = None,
 ) -> list[Group]:
     """The groups with the reference policy's summed log-probability of each response.
 
@@ -39,12 +40,13 @@ def with_references(
     Args:
         logprobs: a batch to [R] summed log-probabilities, fp64; a collective call under ZeRO-3.
         collate: groups to a batch on the right device.
+        lane: this rank's place and their number, where ranks of one place are given the same groups; none: its own.
     """
     keys = [[response_key(group, index) for index in range(len(group.responses))] for group in groups]
     known = _stored(folder)
     missing = [index for index, own in enumerate(keys) if any(key not in known for key in own)]
     if missing:
-        found = _compute(groups, keys, missing, logprobs, collate, budget)
+        found = _compute(groups, keys, missing, logprobs, collate, budget, lane)
         if folder and found:
             rows = [{"key": key, "logprob": value} for key, value in found.items()]
             file = storage.join(folder, f"part-{uuid.uuid4().hex[:12]}.parquet")
@@ -65,8 +67,9 @@ def _compute(
     logprobs: Callable[[Batch], Tensor],
     collate: Callable[[Sequence[Group]], Batch],
     budget: int,
+    lane: tuple[int, int] | None,
 ) -> dict[str, float]:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = lane or (dist.get_rank(), dist.get_world_size())
     sizes = [groups[index].tokens for index in missing]
     (step,) = plan_epoch(sizes, [1] * len(sizes), len(sizes), world, budget, 0, shuffle=False)
     found: dict[str, float] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from psycho import storage
-from psycho.config import Config, LoopConfig
+from psycho.config import Config, LoopConfig, TrainingConfig
 from psycho.errors import BadInput
 from psycho.inference.models import fingerprint
 from psycho.inference.requests import prompt
@@ -67,7 +67,7 @@ def train_stage(
     data, output = storage.join(partial, "data", name), storage.join(partial, "models", name)
     storage.remove(output)
     storage.write_table(pa.Table.from_pylist(list(rows)), data)
-    references = job.run.path("references", content_key(fingerprint(start), job.config.training.precision))
+    references = job.run.path("references", content_key(fingerprint(start), *_arithmetic(job.config.training)))
     dev_data = storage.join(partial, "data", f"{name}-dev") if dev else None
     if dev_data:
         storage.write_table(pa.Table.from_pylist(list(dev)), dev_data)
@@ -81,6 +81,12 @@ def train_stage(
     result = finish(output, rows)
     result.extra.update(say_notes(job, name, output))
     return result
+
+
+def _arithmetic(training: TrainingConfig) -> list[str]:
+    """What log-probabilities of one model depend on."""
+    quantize = training.lora.quantize if training.lora else None
+    return [training.precision, *([quantize] if quantize else [])]
 
 
 def say_notes(job: Job, name: str, output: str) -> dict[str, list[str]]:
@@ -138,7 +144,7 @@ tags: [counselling, preference-learning]
 # {config.name}: {name}
 
 Trained by psycho (run `{config.name}`, seed {config.seed}) from `{Path(start).name}`.
-{"A Bradley-Terry reward model: one logit, higher is preferred." if name == "reward" else "A counselling policy."}
+{"A reward model: one logit, higher is preferred." if name == "reward" else "A counselling policy."}
 
 Drafts for therapists to review. Not for use by clients alone, and no substitute for care in a crisis.
 """

@@ -31,8 +31,9 @@ def gather(engine: Any) -> dict[str, State]:
     rank, world = dist.get_rank(), dist.get_world_size()
     step = next((float(state["step"]) for state in _adam(engine).state.values() if "step" in state), 0.0)
     kept: dict[str, State] = {}
+    masters = _masters(engine)
     for number, (name, parameter) in enumerate(_trained(engine)):
-        whole = _get(engine, parameter)
+        whole = masters[id(parameter)] if masters else _get(parameter)
         if number % world == rank:
             kept[name] = {key: value.to("cpu", copy=True) for key, value in whole.items()} | {"step": step}
     return kept
@@ -45,20 +46,20 @@ def restore(engine: Any, states: Mapping[str, State]) -> None:
         ValueError: a parameter is missing.
     """
     step = 0.0
+    masters = _masters(engine)
     for name, parameter in _trained(engine):
         if name not in states:
             raise ValueError(f"the checkpoint does not hold {name}")
         state = states[name]
         step = state["step"]
-        _set(engine, parameter, {key: value.to(parameter.device) for key, value in state.items() if key != "step"})
+        whole = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
+        with torch.no_grad():
+            for key, value in masters[id(parameter)].items() if masters else ():
+                value.copy_(whole[key])
+        _set(engine, parameter, whole)
     for state in _adam(engine).state.values():
         if "step" in state:
             state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else int(step)
-
-
-def portable(engine: Any) -> bool:
-    """False for an optimizer that keeps fp32 copies of its own way (stage 0 in bf16): it cannot be taken apart here."""
-    return engine.zero_optimization_stage() > 0 or isinstance(engine.optimizer, torch.optim.Optimizer)
 
 
 def _trained(engine: Any) -> list[tuple[str, Any]]:
@@ -70,10 +71,35 @@ def _adam(engine: Any) -> Any:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _get(engine: Any, parameter: Any) -> dict[str, Tensor]:
-    if engine.zero_optimization_stage() == 0:
-        state = engine.optimizer.state[parameter]
-        return {"value": parameter.detach()} | {key: state[key] for key in MOMENTS}
+def _masters(engine: Any) -> dict[int, dict[str, Tensor]]:
+    """At stage 0, where nothing is in pieces: by the id of a parameter its fp32 value and moments, where they lie.
+
+    In fp32 the parameter is its own; in bf16 DeepSpeed keeps a copy of each (torch's Adam), or of all of them one after
+    the other in one tensor (its fused Adam).
+    """
+    if engine.zero_optimization_stage() > 0:
+        return {}
+    wrapper, state = engine.optimizer, _adam(engine).state
+    found: dict[int, dict[str, Tensor]] = {}
+    if isinstance(wrapper, torch.optim.Optimizer):
+        own = [parameter for _, parameter in _trained(engine)]
+        copies = zip([own], [own], strict=True)
+    elif hasattr(wrapper, "fp32_groups_flat"):
+        for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_groups_flat, strict=True):
+            whole = {"value": flat.detach()} | {key: state[flat][key] for key in MOMENTS}
+            cut = {key: value.split([p.numel() for p in group]) for key, value in whole.items()}
+            for place, parameter in enumerate(group):
+                found[id(parameter)] = {key: parts[place].view_as(parameter) for key, parts in cut.items()}
+        return found
+    else:
+        copies = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+    for group, masters in copies:
+        for parameter, master in zip(group, masters, strict=True):
+            found[id(parameter)] = {"value": master.detach()} | {key: state[master][key] for key in MOMENTS}
+    return found
+
+
+def _get(parameter: Any) -> dict[str, Tensor]:
     moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
     return {"value": safe_get_full_fp32_param(parameter)} | moments
 
@@ -91,10 +117,8 @@ def _set(engine: Any, parameter: Any, whole: Mapping[str, Tensor]) -> None:
         return
     with torch.no_grad():
         parameter.copy_(whole["value"])
-        if stage == 0:
-            for key in MOMENTS:
-                engine.optimizer.state[parameter][key].copy_(whole[key])
-            return
+    if stage == 0:
+        return
     safe_set_full_fp32_param(parameter, whole["value"])
     for key in MOMENTS:
         safe_set_full_optimizer_state(parameter, whole[key], key)

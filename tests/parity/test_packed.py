@@ -172,7 +172,7 @@ def test_logits_in_chunks_are_logits_at_once() -> None:
     whole, parts = _packing(_model("llama")), _packing(_model("llama"))
     groups = [_group(5, 8), _group(3, 8, 1)]
     batch = packed(groups)
-    one, other = PolicyModel(whole)(batch), PolicyModel(parts, logits=97)(batch)
+    one, other = PolicyModel(whole)(batch), PolicyModel(parts, logits=97 * 128)(batch)
     assert len(batch.targets) > 128  # more than one chunk
     torch.testing.assert_close(other, one)
     one.sum().backward()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
 from psycho.config import RewardConfig, SFTConfig
+from psycho.errors import BadInput
 from psycho.training.groups import (
     Encoded,
     Group,
@@ -250,6 +251,19 @@ def test_a_split_group_holds_the_same_pairs_within_the_budget(size: int, k: int,
 def test_a_pair_over_the_budget_is_an_error() -> None:
     with pytest.raises(ValueError, match="over the budget"):
         split(PART, 8)
+
+
+def test_the_pairs_of_one_choice_stay_together() -> None:
+    """Six responses ranked, in bins of three: of the lists of 6, 5, 4, 3 and 2 the last two fit."""
+    rows = tuple(Encoded([i] * 3, [1.0] * 3) for i in range(4))
+    pairs = ((0, 1), (1, 2), (0, 2), (1, 3), (0, 3), (2, 3))
+    group = Group([9], rows, pairs, (1.0, 1.0, 2.0, 2.0, 3.0, 1.0))
+    parts = split(replace(group, pairs=pairs[1:]), 10, listwise=True)
+    assert all(part.tokens <= 10 for part in parts)
+    lists = [{part.responses[a].ids[0]: None for a, _ in part.pairs} for part in parts]
+    assert sum(map(len, lists)) == sum(part.choices for part in parts) == 3
+    with pytest.raises(BadInput, match=r"take 13 tokens.* set training\.bin_tokens \(now 10\)"):
+        split(group, 10, listwise=True)
 
 
 def test_desensitised_tokens_beyond_the_shared_length_weigh_alpha() -> None:

@@ -252,10 +252,12 @@ def test_the_seed_makes_the_training(one_rank: None, tiny_llama: Callable[..., s
     assert _distance(_weights(tmp_path / "a"), _weights(tmp_path / "c")) > 1e-3
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_resumed_is_uninterrupted(stage: int, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16")])
+def test_resumed_is_uninterrupted(
+    stage: int, precision: str, one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
+) -> None:
     """Killed after any step, the same call goes on from the last checkpoint to the same model and statistics."""
-    training = BASE.model_copy(update={"zero_stage": stage, "checkpoint_every_steps": 2})
+    training = BASE.model_copy(update={"zero_stage": stage, "precision": precision, "checkpoint_every_steps": 2})
     where, kept = str(tmp_path / "checkpoints"), {}
 
     class Killed(Exception):
