@@ -420,6 +420,12 @@ class OnlineConfig(PreferenceConfig):
     patience: int | None = Field(
         None, ge=1, description="rounds without a better dev score before the end; needs pairs.dev_share"
     )
+    gold_every: int | None = Field(
+        None,
+        ge=1,
+        description="rounds between ratings of dev answers by a judge that is not the scorer: evaluation.judge, or in "
+        "the nano world the truth; needs pairs.dev_share",
+    )
     sampling: SamplingConfig = SamplingConfig()
     scorer_workers: int | None = Field(
         None,
@@ -522,6 +528,14 @@ class Config(Section):
     def _dev(self) -> Config:
         if self.online.patience is not None and not self.pairs.dev_share:
             raise ValueError("online.patience watches a dev score, and pairs.dev_share is 0; set it to 0.1, say")
+        if self.online.gold_every is not None and not self.pairs.dev_share:
+            raise ValueError("online.gold_every rates answers to dev speeches, and pairs.dev_share is 0; set it to 0.1")
+        held_out = self.evaluation.judge
+        if self.online.gold_every and self.online.judged and held_out and held_out.model == self.judge.model:
+            raise ValueError(
+                "online.gold_every asks a judge that is not the scorer, and evaluation.judge is judge.model itself; "
+                "name another model in evaluation.judge"
+            )
         return self
 
 

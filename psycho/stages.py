@@ -130,10 +130,12 @@ def _train_dpo(config: Config) -> Settings:
 
 def _train_online(config: Config) -> Settings:
     where = {"round_timeout_s", "scorer_workers", "scorer_gpus_per_worker", "probes", "sync_tolerance"}
+    held_out = config.evaluation.judge
     return {
         "training": _training(config),
         "online": config.online.model_dump(mode="json", exclude=where),
         "judge": (config.judge, identity(config, config.judge.model)) if config.online.judged else None,
+        "held_out": (held_out, identity(config, held_out.model)) if held_out and config.online.gold_every else None,
         "dev_share": config.pairs.dev_share,
         "engine": config.inference.engine,
         "seed": config.seed,

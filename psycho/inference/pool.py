@@ -30,9 +30,12 @@ class _PoolWorker(VLLMWorker):
         self.use(model)
         return self.generate(conversations, seeds, sampling)
 
-    def rate(self, model: str, judge: JudgeConfig, items: list[Item], seeds: list[int]) -> list[Rating | None]:
+    def rate(
+        self, model: str, judge: JudgeConfig, items: list[Item], seeds: list[int]
+    ) -> list[tuple[Rating | None, int]]:
         self.use(model)
-        return [rating for rating, *_ in rate_single(self, judge, items, seeds)]
+        found = rate_single(self, judge, items, seeds)
+        return [(rating, done.prompt_tokens + done.output_tokens) for rating, _, _, done in found]
 
     def compare(
         self, model: str, judge: JudgeConfig, items: list[PairItem], seeds: list[int]
@@ -119,6 +122,17 @@ class WorkerPool:
         reporter: Reporter | None = None,
     ) -> list[Rating | None]:
         """Seven ratings per (speech, response); None where the judge's answer failed."""
+        return [rating for rating, _ in self.rate_counted(model, judge, items, seeds, reporter)]
+
+    def rate_counted(
+        self,
+        model: str,
+        judge: JudgeConfig,
+        items: Sequence[Item],
+        seeds: Sequence[int],
+        reporter: Reporter | None = None,
+    ) -> list[tuple[Rating | None, int]]:
+        """As `rate`, each with the tokens that the judge read and wrote for it."""
         return self._map(
             "rating",
             len(items),
@@ -193,4 +207,5 @@ class WorkerPool:
 
 
 def _tokens(answers: list[Any]) -> int:
-    return sum(a.output_tokens for a in answers if isinstance(a, Completion))
+    counted = sum(a[1] for a in answers if isinstance(a, tuple) and isinstance(a[1], int))  # of a rating
+    return counted + sum(a.output_tokens for a in answers if isinstance(a, Completion))

@@ -79,11 +79,10 @@ class Rollout:
         report = {"round": number} | figures(samples, online) | {"pairs": len(pairs), "ties": ties / len(speeches)}
         return Sampled(samples, pairs, report | {"seconds": {p: clock.seconds()[p] for p in ("sampling", "scoring")}})
 
-    def dev_score(self, policy: str, speeches: Sequence[Speech]) -> float | None:
-        """Mean value of one response to each speech, with the same seeds every time."""
+    def dev(self, policy: str, speeches: Sequence[Speech]) -> list[Row]:
+        """One response to each speech, with the same seeds every time."""
         seeds = [stable_seed("dev", self.config.seed, speech["speech_id"]) for speech in speeches]
-        known = [row["value"] for row in self.draw(policy, speeches, 1, seeds, Clock()) if row["value"] is not None]
-        return sum(known) / len(known) if known else None
+        return self.draw(policy, speeches, 1, seeds, Clock())
 
     def draw(self, policy: str, speeches: Sequence[Speech], k: int, seeds: Sequence[int], clock: Clock) -> list[Row]:
         """`k` samples of each speech with their scores (rows of `SAMPLE`), speech by speech."""

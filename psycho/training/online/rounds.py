@@ -28,7 +28,7 @@ from psycho.inference.requests import prompt
 from psycho.schema import stable_seed
 from psycho.training.launch import read_rows
 from psycho.training.loop import Trainer, setup_worker, write_history, write_notes
-from psycho.training.online import proof, watch
+from psycho.training.online import heldout, proof, watch
 from psycho.training.online.clock import Clock
 from psycho.training.online.pairing import round_speeches
 from psycho.training.online.reference import FixedReference
@@ -83,6 +83,7 @@ class Rounds:
         self.tokenizer = tokenizer
         self.threads = ThreadPoolExecutor(1, thread_name_prefix="samples")
         self.ahead: Future[None] | None = None
+        self.answers: list[Row] = []
 
     def run(self) -> None:
         """Train the rounds that are left and write the model."""
@@ -115,6 +116,12 @@ class Rounds:
         """What was found at the start, where an earlier try did not come to note it."""
         if not self.store.after(self.done):
             self.store.keep_after(self.done, facts)
+        self._tell(self.done, facts)
+
+    def _tell(self, index: int, facts: Row) -> None:
+        line = watch.said(index, facts)
+        if line and self.job.rollout.reporter:
+            self.job.rollout.reporter.add(0, 0, line)
 
     def _resume(self) -> int:
         self.store.tidy()
@@ -191,7 +198,11 @@ class Rounds:
             error = on_first(f"weights after {index} rounds", lambda: self._prove(policy, said))
         with self.clock("watch"):
             score = on_first("dev score", lambda: self._dev_score(index, policy))
-        return {"sync_error": error, "dev_score": score}
+        facts = {"sync_error": error, "dev_score": score}
+        if heldout.due(self.job.config, index):
+            with self.clock("gold"):
+                facts |= on_first("held-out judge", lambda: self._held_out(index, policy))
+        return facts
 
     def _prove(self, policy: str, said: Sequence[Sequence[float]]) -> float:
         exact = (self.job.training.precision, self.job.config.inference.engine.dtype) == ("fp32", "float32")
@@ -200,8 +211,20 @@ class Rounds:
         return proof.check(said, rollout.read_by_each(policy, [row.ids for row in self.probes]), tolerance)
 
     def _dev_score(self, index: int, policy: str) -> float | None:
-        known = self.store.after(index).get("dev_score")
-        return known if known is not None or not self.job.dev else self.job.rollout.dev_score(policy, self.job.dev)
+        known, self.answers = self.store.after(index).get("dev_score"), []
+        if known is not None or not self.job.dev:
+            return known
+        self.answers = self.job.rollout.dev(policy, self.job.dev)
+        return watch.mean_value(self.answers)
+
+    def _held_out(self, index: int, policy: str) -> Row:
+        """What the held-out judge says of the answers by which the dev score was taken."""
+        known = self.store.after(index)
+        if "gold_score" in known:
+            return {name: known[name] for name in heldout.KEYS}
+        rollout, dev = self.job.rollout, self.job.dev
+        answers = self.answers or rollout.dev(policy, dev)  # an earlier try may have taken the dev score alone
+        return heldout.opinion(rollout.engines, self.job.config, dev, answers, rollout.reporter)
 
     def _stops(self, done: int) -> bool:
         return watch.stops(self._dev_scores(done), done, self.online.patience)
@@ -212,6 +235,7 @@ class Rounds:
     def _finish(self, index: int, facts: Row) -> None:
         """Note what was found after a round, and let go of the policies that nobody will ask for."""
         self.store.keep_after(index, facts | {"seconds": self.clock.whole()})
+        self._tell(index, facts)
         best = watch.best(self._dev_scores(index), index)
         self.store.forget({index, index - self.online.staleness, best})
 
