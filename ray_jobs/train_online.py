@@ -41,6 +41,10 @@ def train_online(job: Job) -> None:
         limit = max(config.training.collective_timeout_s, online.round_timeout_s)
         training = config.training.model_copy(update={"collective_timeout_s": limit})
         reward = _local(job, "reward") if online.rewarded else ""
+        if online.head_weights:
+            from psycho.training.online.heads import with_heads
+
+            reward = with_heads(reward, storage.join(partial, "reward-with-heads"))
         judge = resolve(config, config.judge.model) if online.judged else ""
         found = storage.read_table(job.run.path("speeches")).to_pylist()
         train, dev = (

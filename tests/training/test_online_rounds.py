@@ -68,6 +68,12 @@ class Pool:
         texts = [talk[-1]["content"] for talk in conversations]
         return [text.count("hear") + text.count("What") - text.count("Cheer") + len(text) / 1000 for text in texts]
 
+    def sleep(self, level: int) -> None:
+        self._note(f"sleep {level}", "")
+
+    def wake(self, tags: list[str] | None = None) -> None:
+        self._note(f"wake {tags or 'all'}", "")
+
     def read(self, model: str, rows: Sequence[list[int]]) -> list[list[float]]:
         self._note("read", model)
         policy = AutoModelForCausalLM.from_pretrained(model).eval()
@@ -413,3 +419,41 @@ def test_its_opinion_is_asked_once_where_a_job_is_resumed(
     tried.pool.break_at = lambda name: None
     tried()
     assert len(asked) == 3 and [report["gold_score"] for report in tried.reports] == [3.0, 3.0]
+
+
+# Turns on a GPU
+
+
+def test_engines_sleep_while_the_policy_trains(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And have their weights before their cache; the rounds come out as they do side by side."""
+    tried = Tried(tmp_path, whole.policy, placement="colocate", transport="disk", kl_samples=0)
+    fit, save = Trainer.fit, Trainer.save
+
+    def fitted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tried.pool.asked.append(("fit", ""))
+        return fit(self, *args, **kwargs)
+
+    def saved(self: Any, folder: str) -> None:
+        tried.pool.asked.append(("save", ""))
+        save(self, folder)
+
+    monkeypatch.setattr(Trainer, "fit", fitted)
+    monkeypatch.setattr(Trainer, "save", saved)
+    tried()
+    names = [name for name, _ in tried.pool.asked]
+    a_round = [
+        "sample",
+        "reward",
+        "sleep 2",
+        "sleep 2",
+        "fit",
+        "save",
+        "wake ['weights']",
+        "wake all",
+        "wake all",
+        "read",
+    ]
+    assert names == ["wake all", "wake all", "use", "use", "read", *a_round, *a_round]
+    assert _same(tried.weights, whole.weights)
+    assert all(report["gpu_gib"].keys() == {"sampling", "asleep", "trained", "awake"} for report in tried.reports)
+    assert "gpu_gib" not in whole.reports[0]

@@ -19,6 +19,7 @@ from psycho.config import Config, InferenceConfig, JudgeConfig
 from psycho.errors import BadInput
 from psycho.inference.models import engine_signature
 from psycho.inference.pool import WorkerPool
+from psycho.training.online.placement import engine_of
 
 
 @dataclass
@@ -35,11 +36,26 @@ class Engines:
     judge_model: str = ""
     gold: WorkerPool | None = None
     gold_model: str = ""
+    colocated: bool = False
 
     def start(self, policy: str) -> None:
-        """Let all engines start; returns at once."""
+        """Let all engines start; returns at once, or where they share their GPUs when they are up and asleep."""
         for pool, model, runner in self._held(policy):
-            pool.start(model, runner)
+            if self.colocated:  # vLLM measures what memory is free, so nobody else may be about to take some
+                pool.use(model, runner)
+                pool.sleep(1)
+            else:
+                pool.start(model, runner)
+
+    def sleep(self, level: int) -> None:
+        """All engines give their GPU memory away, those that score with their weights kept."""
+        for pool, *_ in self._held(""):
+            pool.sleep(level if pool is self.rollout else 1)
+
+    def wake(self) -> None:
+        """All engines take it back."""
+        for pool, *_ in self._held(""):
+            pool.wake()
 
     def wait(self, policy: str) -> None:
         """Until all engines are up and hold what they need first."""
@@ -77,12 +93,17 @@ def engines(
     with ExitStack() as stack:
 
         def pool(workers: InferenceConfig | None) -> WorkerPool | None:
-            return stack.enter_context(WorkerPool(workers, config.seed, verbose=verbose)) if workers else None
+            return made(workers, policy=False) if workers else None
 
-        rollout = stack.enter_context(WorkerPool(config.inference, config.seed, verbose=verbose))
+        def made(workers: InferenceConfig, policy: bool) -> WorkerPool:
+            placed = workers.model_copy(update={"engine": engine_of(config, workers.engine, policy)})
+            return stack.enter_context(WorkerPool(placed, config.seed, verbose=verbose))
+
+        rollout = made(config.inference, policy=True)
         judge = (pool(judges) or rollout) if judge_model else None
         gold = (pool(watching) or rollout) if gold_model else None
-        yield Engines(rollout, pool(rewards), judge, reward_model, judge_model, gold, gold_model)
+        colocated = config.online.placement == "colocate"
+        yield Engines(rollout, pool(rewards), judge, reward_model, judge_model, gold, gold_model, colocated)
 
 
 def takes_turns(config: Config, policy: str, judge_model: str, judge: JudgeConfig | None = None) -> bool:

@@ -11,12 +11,12 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,11 +31,13 @@ from psycho.training.loop import Trainer, setup_worker, write_history, write_not
 from psycho.training.online import heldout, proof, watch
 from psycho.training.online.clock import Clock
 from psycho.training.online.pairing import round_speeches
+from psycho.training.online.ranks import on_first
 from psycho.training.online.reference import FixedReference
 from psycho.training.online.rollout import Rollout, Sampled, Speech
 from psycho.training.online.state import RoundStore, load_optimizer, save_optimizer
+from psycho.training.online.transport import transport
+from psycho.training.online.turns import Turns
 
-T = TypeVar("T")
 Row = dict[str, Any]
 _EXACT, _ROUNDED = 1e-4, 0.5  # nats of a token; the second where trainer or engine computes in 16 bits
 
@@ -76,6 +78,8 @@ class Rounds:
             if self.done and self.store.training(self.done)["world"] == self.trainer.world:
                 load_optimizer(self.trainer.engine, policy)
             self.fixed = self._fixed_reference()
+            self.transport = transport(job.config, self.trainer, job.rollout.engines, policy)
+            self.turns = Turns(job.config, job.rollout.engines)
         tokenizer = copy.deepcopy(self.trainer.tokenizer)  # one that the thread of samples has for itself
         system = job.config.generation.system_prompt
         speeches = [*job.speeches, *job.dev]
@@ -89,6 +93,7 @@ class Rounds:
         """Train the rounds that are left and write the model."""
         with self.clock("start"):
             policy = self.store.policy(self.done, self.job.policy)
+            self.turns.wake()  # they are asleep where the trainer was to start beside them
             on_first("starting the engines", lambda: self.job.rollout.engines.wait(policy))
         facts = self._settle(self.done)
         on_first("writing", lambda: self._note(facts))
@@ -102,13 +107,17 @@ class Rounds:
         on_first(f"round {number}", lambda: self._sampled(number, self.clock))
         if dist.get_rank() == 0 and self.online.staleness and number + 1 < self.online.rounds:
             self.ahead = self.threads.submit(self._sampled, number + 1, Clock())
+        with self.clock("sync"):
+            self.turns.rest()
         with self.clock("training"):
             report = self._train(number)
         self._save(number + 1, report)
         if self.online.staleness:
             with self.clock("waiting"):
                 on_first(f"round {number + 1}", self._join)
-        facts = self._settle(number + 1)
+        with self.clock("sync"):
+            self._send(number + 1)
+        facts = self._settle(number + 1) | self.turns.facts()
         on_first("writing", lambda: self._finish(number + 1, facts))
         self.clock = Clock()
 
@@ -185,6 +194,13 @@ class Rounds:
             report |= {"world": self.trainer.world}
             on_first("writing", lambda: self.store.keep_trained(index, folder, report))
 
+    def _send(self, index: int) -> None:
+        """The weights in training to the engines, which wake for it where they slept; collective."""
+        before, policy = (self.store.policy(place, self.job.policy) for place in (index - 1, index))
+        self.turns.wake_weights()
+        self.transport.send(policy, before)
+        self.turns.wake()
+
     def _join(self) -> None:
         if self.ahead:
             self.ahead.result(timeout=self.online.round_timeout_s)
@@ -251,23 +267,3 @@ class Rounds:
         write_notes(aside, self.trainer.notes)
         Path(aside, "rounds.json").write_text(json.dumps(reports), encoding="utf-8")
         os.replace(aside, self.job.output)
-
-
-def on_first(what: str, call: Callable[[], T]) -> T:
-    """What rank 0 says, on all ranks; they wait for it, and hear of it where it fails.
-
-    Raises:
-        StageFailed: the call raised on rank 0.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = call()
-        except StageFailed as error:
-            outcome[1] = str(error)
-        except Exception as error:  # every rank must hear of it, or the others would wait for ever
-            outcome[1] = f"{what}: {type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise StageFailed(outcome[1])
-    return outcome[0]
