@@ -28,7 +28,7 @@ def _config(online: Any = None, training: Any = None, inference: Any = None) -> 
 @pytest.mark.parametrize(
     ("online", "device", "way"),
     [
-        ({}, "cuda", "nccl"),
+        ({}, "cuda", "disk"),  # parts of a GPU, which may be the same one
         ({}, "cpu", "disk"),
         (COLOCATED, "cuda", "ipc"),
         (COLOCATED | {"transport": "disk"}, "cuda", "disk"),
@@ -42,7 +42,14 @@ def test_the_way_fits_the_placement(online: Any, device: str, way: str) -> None:
 
 
 def test_engines_on_the_cpu_read_the_folder() -> None:
-    assert transport_of(_config({}, inference={"gpus_per_worker": 0})) == "disk"
+    assert transport_of(_config({}, {"gpus_per_worker": 1}, {"gpus_per_worker": 0})) == "disk"
+
+
+def test_whole_gpus_talk_over_nccl() -> None:
+    config = Config.model_validate({"online": {"transport": "auto"}})
+    assert transport_of(config) == "nccl"
+    check_placement(config)
+    assert engine_of(config, config.inference.engine, True).extra == {"weight_transfer_config": {"backend": "nccl"}}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,7 @@ def test_engines_on_the_cpu_read_the_folder() -> None:
         ({"placement": "separate", "transport": "ipc"}, {}, {}, r"online.placement is separate; set"),
         ({"placement": "separate", "transport": "nccl"}, {"device": "cpu"}, {}, r"set online.transport=disk"),
         ({"placement": "separate", "transport": "nccl"}, {}, {"gpus_per_worker": 0}, r"set online.transport=disk"),
+        ({"placement": "separate", "transport": "nccl"}, {}, {}, r"0.3 and .* 0.6 may be parts of the same one"),
         ({}, {}, {"engine": {"tensor_parallel_size": 2}}, r"tensor_parallel_size is 2; set it to 1"),
         ({}, {}, {"workers": 2}, r"inference.workers 2 is more than training.workers 1"),
         ({}, {"gpus_per_worker": 0.5}, {}, r"0.6, training.gpus_per_worker 0.5 .*\(0.1\) are over 1 together"),
@@ -77,7 +85,6 @@ def test_engines_get_what_their_placement_needs() -> None:
         "weight_transfer_config": {"backend": "ipc"},
     }
     assert engine_of(config, engine, False).extra == {"enable_sleep_mode": True}
-    assert engine_of(_config({}), engine, True).extra == {"weight_transfer_config": {"backend": "nccl"}}
     assert engine_of(_config({}, {"device": "cpu"}), engine, True) is engine
     own = engine.model_copy(update={"extra": {"enable_sleep_mode": False, "swap_space": 1}})
     assert engine_of(config, own, False).extra == {"enable_sleep_mode": False, "swap_space": 1}

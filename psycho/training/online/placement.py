@@ -19,8 +19,13 @@ def transport_of(config: Config) -> str:
         return config.online.transport
     if config.online.placement == "colocate":
         return "ipc"
-    on_gpus = config.training.device == "cuda" and config.inference.gpus_per_worker > 0
-    return "nccl" if on_gpus else "disk"
+    return "nccl" if _whole_gpus(config) else "disk"
+
+
+def _whole_gpus(config: Config) -> bool:
+    """True where engines and training have GPUs of their own; NCCL has no two ranks on one."""
+    shares = config.training.gpus_per_worker, config.inference.gpus_per_worker
+    return config.training.device == "cuda" and min(shares) >= 1
 
 
 def check_placement(config: Config) -> None:
@@ -45,6 +50,12 @@ def check_placement(config: Config) -> None:
         raise BadInput(
             "online.transport nccl needs a GPU for each side, and online.placement is colocate; set online.transport "
             "to ipc or disk"
+        )
+    if way == "nccl" and not _whole_gpus(config):
+        raise BadInput(
+            "online.transport nccl needs a GPU for each side, and training.gpus_per_worker "
+            f"{config.training.gpus_per_worker:g} and inference.gpus_per_worker "
+            f"{config.inference.gpus_per_worker:g} may be parts of the same one; set online.transport=disk"
         )
     if not colocated and way == "ipc":
         raise BadInput(
