@@ -447,8 +447,8 @@ class OnlineConfig(PreferenceConfig):
     )
     transport: Literal["auto", "disk", "nccl", "ipc"] = Field(
         "auto",
-        description="new weights into the engines; auto: from GPU to GPU where each side has whole ones (nccl) or where "
-        "they are colocated (ipc), else by the folder on disk",
+        description="new weights into the engines; auto: from GPU to GPU where each side has whole ones (nccl) or "
+        "where they are colocated (ipc), else by the folder on disk",
     )
     sync_bucket_mib: int = Field(1024, ge=1, description="weights sent at once; at least the largest tensor is")
     sleep_level: Literal[1, 2] = Field(
