@@ -25,7 +25,7 @@ class FilesWorker(_PoolWorker):
 
 def register() -> None:
     """Let vLLM of this process know the backend."""
-    from dataclasses import dataclass
+    from dataclasses import make_dataclass
 
     from safetensors.torch import load_file
     from vllm.distributed.weight_transfer.base import (
@@ -36,29 +36,25 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    @dataclass
-    class Init(WeightTransferInitInfo):
-        rank_offset: int = 0
-
-    @dataclass
-    class Update(WeightTransferUpdateInfo):
-        file: str = ""
+    # Made so because the decorator looks for the module of its class, which the worker does not have.
+    init_info = make_dataclass("Init", [("rank_offset", int)], bases=(WeightTransferInitInfo,))
+    update_info = make_dataclass("Update", [("file", str)], bases=(WeightTransferUpdateInfo,))
 
     class Files(WeightTransferEngine):  # type: ignore[type-arg, misc]
-        init_info_cls, update_info_cls = Init, Update
+        init_info_cls, update_info_cls = init_info, update_info
 
-        def init_transfer_engine(self, init_info: Any) -> None:
+        def init_transfer_engine(self, info: Any) -> None:
             self.ready = True
 
         def start_weight_update(self) -> None:
             assert self.ready
             initialize_layerwise_reload(self.model)
 
-        def update_weights(self, update_info: Any) -> None:
-            self.receive_weights(self.parse_update_info(update_info))  # without an accelerator to wait for
+        def update_weights(self, info: Any) -> None:
+            self.receive_weights(self.parse_update_info(info))  # without an accelerator to wait for
 
-        def receive_weights(self, update_info: Any) -> None:
-            self.model.load_weights(load_file(update_info.file).items())
+        def receive_weights(self, info: Any) -> None:
+            self.model.load_weights(load_file(info.file).items())
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

@@ -1,7 +1,8 @@
 """One of several ranks that train a little under ZeRO-3 and stream their weights; `test_online_weights.py` starts it.
 
-`python online_ranks.py RANK WORLD STORE MODEL OUT LORA`: rank 0 writes what it saw to OUT/seen.json, every rank its
-weights to OUT/stream-RANK.safetensors, and all of them together the trainer's own folder, OUT/saved.
+`python online_ranks.py RANK WORLD STORE MODEL OUT`: all weights trained, then adapters, below OUT/full and OUT/lora.
+There rank 0 writes what it saw to seen.json, every rank its weights to stream-RANK.safetensors, and all of them
+together the trainer's own folder, saved.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SENTENCES = ("That sounds hard.", "What helps you?", "Cheer up.", "I hear you.")
 
 def main() -> None:
     rank, world = int(sys.argv[1]), int(sys.argv[2])
-    store, model, out, lora = sys.argv[3], sys.argv[4], Path(sys.argv[5]), sys.argv[6] == "lora"
+    store, model, out = sys.argv[3], sys.argv[4], Path(sys.argv[5])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     plain = loop.deepspeed_config
 
@@ -42,11 +43,17 @@ def main() -> None:
         return found
 
     loop.deepspeed_config = all_in_pieces
-    training = TrainingConfig(
-        workers=world, device="cpu", precision="fp32", zero_stage=3, threads_per_worker=1, max_length=256,
-        bin_tokens=1024, gpus_per_worker=0, lora=LoRAConfig(r=4, alpha=8) if lora else None,
-    )  # fmt: skip
-    loop.setup_worker(training)
+    for name, lora in (("full", None), ("lora", LoRAConfig(r=4, alpha=8))):
+        training = TrainingConfig(
+            workers=world, device="cpu", precision="fp32", zero_stage=3, threads_per_worker=1, max_length=256,
+            bin_tokens=1024, gpus_per_worker=0, lora=lora,
+        )  # fmt: skip
+        loop.setup_worker(training)
+        stream_of(training, model, out / name, rank)
+
+
+def stream_of(training: TrainingConfig, model: str, out: Path, rank: int) -> None:
+    """Train a little, stream and save."""
     trainer = loop.Trainer("dpo", model, DPOConfig(lr=1e-2, batch_size=2), training, seed=0)
     rows = [
         {"question": f"Why {n}?", "chosen": one, "rejected": other}
@@ -56,9 +63,10 @@ def main() -> None:
     stream = WeightStream(trainer)
     check_names(stream, model)
     seen = watch(trainer, stream)
-    seen["weights"] = {name: list(value.shape) for name, value in stream}
     seen["shapes"] = {name: list(shape) for name, _, shape in stream.shapes()}
     weights = dict(stream)
+    seen["weights"] = {name: list(value.shape) for name, value in weights.items()}
+    out.mkdir(exist_ok=True)
     save_file(weights, out / f"stream-{rank}.safetensors")
     trainer.save(str(out / "saved"))
     if rank == 0:

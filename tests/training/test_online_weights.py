@@ -71,35 +71,46 @@ def test_weights_of_another_form_are_refused(tiny_llama: Callable[..., str]) -> 
     trainer.close()
 
 
-@pytest.mark.parametrize("lora", ["full", "lora"])
-def test_shards_are_gathered_a_layer_at_a_time(tiny_llama: Callable[..., str], tmp_path: Path, lora: str) -> None:
-    """Two ranks under ZeRO-3: every weight in one bucket, buckets bounded, never more whole than a layer."""
-    script = str(Path(__file__).with_name("online_ranks.py"))
-    model = tiny_llama(0)
+@pytest.fixture(scope="module")
+def sharded(tiny_llama: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks under ZeRO-3 streamed and saved (`online_ranks.py`)."""
+    folder, script = tmp_path_factory.mktemp("sharded"), str(Path(__file__).with_name("online_ranks.py"))
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), "2", str(tmp_path / "store"), model, str(tmp_path), lora],
+            [sys.executable, script, str(rank), "2", str(folder / "store"), tiny_llama(0), str(folder)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    for rank in ranks:
-        _, error = rank.communicate(timeout=300)
-        assert rank.returncode == 0, error[-3000:]
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    first = load_file(Path(model, "model.safetensors"))
+    try:
+        for rank in ranks:
+            _, error = rank.communicate(timeout=300)
+            assert rank.returncode == 0, error[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return folder
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_shards_are_gathered_a_layer_at_a_time(tiny_llama: Callable[..., str], sharded: Path, trained: str) -> None:
+    """Every weight in one bucket, buckets bounded, never more whole than a layer, and that let go of before it goes."""
+    folder = sharded / trained
+    seen = json.loads((folder / "seen.json").read_text())
+    first = load_file(Path(tiny_llama(0), "model.safetensors"))
     assert sorted(seen["names"]) == sorted(first) and len(set(seen["names"])) == len(seen["names"])
     largest = max(value.numel() * 4 for value in first.values())
     assert len(seen["buckets"]) > 3 and max(seen["buckets"]) <= 40_000 + largest
     assert sum(seen["buckets"]) == sum(value.numel() * 4 for value in first.values())
-    assert seen["whole_between"] == 0  # a layer is let go of before it is sent
+    assert seen["whole_between"] == 0
     assert max(seen["gathered"]) < seen["parameters"] / 2
-    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert seen["shapes"] == seen["weights"]
+    saved = load_file(folder / "saved" / "model.safetensors")
     for rank in range(2):
-        found = load_file(tmp_path / f"stream-{rank}.safetensors")
+        found = load_file(folder / f"stream-{rank}.safetensors")
         assert found.keys() == saved.keys()
         assert all(torch.equal(value, saved[name]) for name, value in found.items())
-    assert not torch.equal(saved["model.layers.1.mlp.up_proj.weight"], first["model.layers.1.mlp.up_proj.weight"])
-    assert seen["shapes"] == seen["weights"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(saved[name], first[name])
