@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from psycho.errors import BadInput
+from psycho.principles import STEMS
 
 
 class Section(BaseModel):
@@ -438,6 +439,11 @@ class OnlineConfig(PreferenceConfig):
     scorer: Literal["reward", "judge", "mixture"] = "reward"
     reward_weight: float = Field(1.0, gt=0, description="of the reward model's logit in scorer mixture")
     judge_weight: float = Field(1.0, gt=0, description="of the judge's overall rating in scorer mixture")
+    head_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="of the reward model's heads, by principle (safety: 0.5), whose ratings are added to the reward; "
+        "needs training.reward.principle_heads",
+    )
     strategy: Literal["best_worst", "all", "best_random", "top_margin"] = Field(
         "best_worst", description="best_worst: also the second best against the second worst, and so on; else as pairs"
     )
@@ -455,6 +461,12 @@ class OnlineConfig(PreferenceConfig):
     patience: int | None = Field(
         None, ge=1, description="rounds without a better dev score before the end; needs pairs.dev_share"
     )
+    gold_every: int | None = Field(
+        None,
+        ge=1,
+        description="rounds between ratings of dev answers by a judge that is not the scorer: evaluation.judge, or in "
+        "the nano world the truth; needs pairs.dev_share",
+    )
     sampling: SamplingConfig = SamplingConfig()
     scorer_workers: int | None = Field(
         None,
@@ -464,6 +476,19 @@ class OnlineConfig(PreferenceConfig):
     )
     scorer_gpus_per_worker: float | None = Field(None, ge=0, description="of the reward model; none: as inference")
     scorer_engine: EngineConfig | None = Field(None, description="of the reward model; none: inference.engine")
+    placement: Literal["separate", "colocate"] = Field(
+        "separate",
+        description="colocate: engines and training take turns on the same GPUs, and the engines sleep meanwhile",
+    )
+    transport: Literal["auto", "disk", "nccl", "ipc"] = Field(
+        "auto",
+        description="new weights into the engines; auto: from GPU to GPU where each side has whole ones (nccl) or "
+        "where they are colocated (ipc), else by the folder on disk",
+    )
+    sync_bucket_mib: int = Field(1024, ge=1, description="weights sent at once; at least the largest tensor is")
+    sleep_level: Literal[1, 2] = Field(
+        2, description="of engines that sleep; 1: keep their weights in the host's memory, 2: let go of them"
+    )
     probes: int = Field(8, ge=1, description="texts whose log-probabilities must be the trainer's after every sync")
     sync_tolerance: float | None = Field(
         None,
@@ -479,6 +504,19 @@ class OnlineConfig(PreferenceConfig):
         if self.safety_floor is not None and not self.judged:
             raise ValueError(
                 "safety_floor needs safety ratings, which a reward model does not give; set scorer to judge or mixture"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads(self) -> OnlineConfig:
+        for stem in self.head_weights:
+            if stem not in STEMS:
+                near = difflib.get_close_matches(stem, STEMS, 1, 0.0)[0]
+                raise ValueError(f"head_weights names {stem}, which is no principle; did you mean {near}?")
+        if self.head_weights and not self.rewarded:
+            raise ValueError(
+                "head_weights weighs heads of the reward model, which scorer judge does not ask; set scorer to reward "
+                "or mixture"
             )
         return self
 
@@ -563,6 +601,19 @@ class Config(Section):
             raise ValueError(
                 f"online.reference fixed keeps a copy of the first policy, which training.{setting} is not made for; "
                 "set online.reference to each_round"
+            )
+        if self.online.gold_every is not None and not self.pairs.dev_share:
+            raise ValueError("online.gold_every rates answers to dev speeches, and pairs.dev_share is 0; set it to 0.1")
+        if self.online.head_weights and not self.training.reward.principle_heads:
+            raise ValueError(
+                "online.head_weights weighs the reward model's heads, and training.reward.principle_heads is 0, so it "
+                "gets none; set it to 0.1, say"
+            )
+        held_out = self.evaluation.judge
+        if self.online.gold_every and self.online.judged and held_out and held_out.model == self.judge.model:
+            raise ValueError(
+                "online.gold_every asks a judge that is not the scorer, and evaluation.judge is judge.model itself; "
+                "name another model in evaluation.judge"
             )
         return self
 

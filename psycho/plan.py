@@ -290,13 +290,18 @@ def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
     steps = online.rounds * _steps(made // online.rounds, online)
     answers = sampled * online.samples_per_speech
     seen = min(training.max_length, sum(_tokens(config, online.sampling)))
+    held_out = config.evaluation.judge if online.gold_every else None
+    watchers = [_judge_load(config, held_out, held_out.model)] if held_out else []
+    watched = 0
+    if online.gold_every:  # an answer to every dev speech, and a rating of it
+        watched = 2 * round(train * config.pairs.dev_share) * (1 + online.rounds // online.gold_every)
     return [
         _fit(config, "train_sft", config.policy, train, training.sft, length),
         _fit(config, "train_reward", start, pairs, training.reward, length),
         _fit(config, "train_dpo", config.policy, pairs, training.dpo, length),
-        StagePlan("train_online", answers, answers, (1 + len(scorers)) * answers, steps,
+        StagePlan("train_online", answers, answers, (1 + len(scorers)) * answers + watched, steps,
                   made * 2 * online.epochs * seen,
-                  ((engine_load(config, config.policy, None, None), *scorers, trained),)),
+                  ((engine_load(config, config.policy, None, None), *scorers, *watchers, trained),)),
     ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from psycho.nano.build import nano_key
 from psycho.preferences.published import source_facts
 from psycho.run import Stage
 from psycho.speeches.source import fingerprint
+from psycho.training.online.placement import check_placement
 
 Settings = Mapping[str, Any]
 CALIBRATION = ("evaluation", "calibration.json")  # written by `judge --calibrate`, in the run folder
@@ -129,10 +130,13 @@ def _train_dpo(config: Config) -> Settings:
 
 def _train_online(config: Config) -> Settings:
     where = {"round_timeout_s", "scorer_workers", "scorer_gpus_per_worker", "probes", "sync_tolerance"}
+    where |= {"placement", "transport", "sync_bucket_mib", "sleep_level"}
+    held_out = config.evaluation.judge
     return {
         "training": _training(config),
         "online": config.online.model_dump(mode="json", exclude=where),
         "judge": (config.judge, identity(config, config.judge.model)) if config.online.judged else None,
+        "held_out": (held_out, identity(config, held_out.model)) if held_out and config.online.gold_every else None,
         "dev_share": config.pairs.dev_share,
         "engine": config.inference.engine,
         "seed": config.seed,
@@ -200,6 +204,7 @@ def check_config(config: Config) -> None:
     Raises:
         BadInput: a setting that the loop needs is empty, or a model's folder is not whole.
     """
+    check_placement(config)
     imported = starts_from_pairs(config)
     for setting, model in named_models(config).items():
         if imported and (setting.startswith("generation.pool") or (setting == "judge.model" and not _judges(config))):

@@ -16,6 +16,7 @@ from psycho.preferences.build import split_of
 from psycho.run import StageResult
 from psycho.training.launch import launch, read_history
 from psycho.training.online.engines import engines
+from psycho.training.online.heldout import held_out_model
 from psycho.training.online.rollout import Rollout
 from psycho.training.stage import say_notes, write_card
 from ray_jobs.nano import ensure_nano
@@ -40,16 +41,21 @@ def train_online(job: Job) -> None:
         limit = max(config.training.collective_timeout_s, online.round_timeout_s)
         training = config.training.model_copy(update={"collective_timeout_s": limit})
         reward = _local(job, "reward") if online.rewarded else ""
+        if online.head_weights:
+            from psycho.training.online.heads import with_heads
+
+            reward = with_heads(reward, storage.join(partial, "reward-with-heads"))
         judge = resolve(config, config.judge.model) if online.judged else ""
         found = storage.read_table(job.run.path("speeches")).to_pylist()
         train, dev = (
             [speech for speech in found if split_of(speech, config.pairs, config.seed) == name]
             for name in ("train", "dev")
         )
+        gold = held_out_model(config, dev)
         sampled = min(online.speeches_per_round, len(train)) * online.samples_per_speech
         touched = 1 + bool(reward) + bool(judge)
         with (
-            engines(config, start, reward, judge, job.verbose) as workers,
+            engines(config, start, reward, judge, job.verbose, gold) as workers,
             job.progress.stage("train_online", online.rounds * sampled * touched, "samples and scores") as reporter,
         ):
             workers.start(start)
@@ -72,10 +78,12 @@ def _result(output: str) -> StageResult:
     rounds = json.loads(storage.read_text(storage.join(output, "rounds.json")) or "[]")
     failed = sum(report["failed"] for report in rounds)
     samples = sum(report["samples"] for report in rounds)
+    watched = [rounds[0].get("before", {}), *rounds] if rounds else []
+    tokens = sum(row["tokens"] for row in read_history(output)) + sum(r["sampled_tokens"] for r in rounds)
     return StageResult(
         rows_in=samples,
         rows_out=samples - failed,
-        tokens=int(sum(row["tokens"] for row in read_history(output)) + sum(r["sampled_tokens"] for r in rounds)),
+        tokens=int(tokens + sum(r.get("gold_tokens", 0) for r in watched)),
         quarantine=[{"round": r["round"], "reason": "no score"} for r in rounds for _ in range(r["failed"])],
         extra={"rounds": rounds},
     )

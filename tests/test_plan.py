@@ -171,6 +171,15 @@ def test_rows_follow_the_paper():
     assert found["train_online"].rows_in == 16 * 6400 * 8
 
 
+def test_a_held_out_judge_is_counted():
+    """An answer to each dev speech and a rating of it, before the first round and after every fourth; its GPU too."""
+    plain = stages(load_config(PAPER))["train_online"]
+    watched = stages(load_config(PAPER, ["online.gold_every=4"]))["train_online"]
+    assert watched.requests - plain.requests == pytest.approx(2 * 0.1 * 24_159 * (1 + 16 // 4), rel=0.2)
+    judge = load_config(PAPER).evaluation.judge
+    assert judge and len(watched.phases[0]) == len(plain.phases[0]) + 1
+
+
 def test_rows_of_the_nano_world():
     found = stages(load_config(ROOT / "configs" / "nano.yaml"))
     assert found["prepare"].rows_out == 420 + 260

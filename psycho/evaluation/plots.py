@@ -304,6 +304,7 @@ def online_rounds(rounds: Rows) -> Markup:
     panels: list[tuple[str, list[tuple[str, str, str]]]] = [
         ("score", [("mean_score", "mean of samples", JUDGE), ("best_score", "best of a speech", MUTED),
                    ("dev_score", "dev, after the round", GOLD)]),
+        ("held-out judge, 1 to 5, after the round", [("gold_score", "", GOLD)]),
         ("mean length in characters", [("mean_chars", "", CONTROLLED)]),
         ("KL to the first policy (nats)", [("kl", "", GOLD)]),
     ]  # fmt: skip

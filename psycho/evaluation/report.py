@@ -176,7 +176,8 @@ def _online(run: Run, summary: Summary) -> Context | None:
     rounds = json.loads(storage.read_text(run.path("models", "online", "rounds.json")) or "[]")
     if not rounds:
         return None
-    return {"rounds": rounds, "svg": plots.online_rounds(rounds) if len(rounds) > 1 else None}
+    svg = plots.online_rounds(rounds) if len(rounds) > 1 else None
+    return {"rounds": rounds, "watched": any("gold_score" in row for row in rounds), "svg": svg}
 
 
 def _examples(run: Run, summary: Summary) -> list[dict[str, Any]]:

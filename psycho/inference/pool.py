@@ -7,7 +7,7 @@ again: every call names its model, so it comes back with the right weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -47,9 +47,12 @@ class _PoolWorker(VLLMWorker):
         self.use(model)
         return self._counted(self.generate(conversations, seeds, sampling))
 
-    def rate(self, model: str, judge: JudgeConfig, items: list[Item], seeds: list[int]) -> Counted[Rating | None]:
+    def rate(
+        self, model: str, judge: JudgeConfig, items: list[Item], seeds: list[int]
+    ) -> Counted[tuple[Rating | None, int]]:
         self.use(model)
-        return self._counted([rating for rating, *_ in rate_single(self, judge, items, seeds)])
+        found = rate_single(self, judge, items, seeds)
+        return self._counted([(rating, done.prompt_tokens + done.output_tokens) for rating, _, _, done in found])
 
     def compare(
         self, model: str, judge: JudgeConfig, items: list[PairItem], seeds: list[int]
@@ -57,9 +60,9 @@ class _PoolWorker(VLLMWorker):
         self.use(model)
         return self._counted(rate_pairs(self, judge, items, seeds))
 
-    def reward(self, model: str, conversations: list[Messages]) -> Counted[float | None]:
+    def classify(self, model: str, conversations: list[Messages]) -> Counted[list[float] | None]:
         self.use(model, runner="pooling")
-        return self._counted(self.score(conversations))
+        return self._counted(self.labels(conversations))
 
     def read(self, model: str, rows: list[list[int]]) -> Counted[list[float] | None]:
         self.use(model)
@@ -140,6 +143,17 @@ class WorkerPool:
         reporter: Reporter | None = None,
     ) -> list[Rating | None]:
         """Seven ratings per (speech, response); None where the judge's answer failed."""
+        return [rating for rating, _ in self.rate_counted(model, judge, items, seeds, reporter)]
+
+    def rate_counted(
+        self,
+        model: str,
+        judge: JudgeConfig,
+        items: Sequence[Item],
+        seeds: Sequence[int],
+        reporter: Reporter | None = None,
+    ) -> list[tuple[Rating | None, int]]:
+        """As `rate`, each with the tokens that the judge read and wrote for it."""
         return self._map(
             "rating",
             len(items),
@@ -167,12 +181,47 @@ class WorkerPool:
         self, model: str, conversations: Sequence[Messages], reporter: Reporter | None = None
     ) -> list[float | None]:
         """The reward model's logit per whole conversation; None where it is too long."""
+        return [None if row is None else row[0] for row in self.classify(model, conversations, reporter)]
+
+    def classify(
+        self, model: str, conversations: Sequence[Messages], reporter: Reporter | None = None
+    ) -> list[list[float] | None]:
+        """As `reward`, all labels of a classifier that has several."""
         return self._map(
             "scoring",
             len(conversations),
-            lambda actor, a, b: actor.reward.remote(model, list(conversations[a:b])),
+            lambda actor, a, b: actor.classify.remote(model, list(conversations[a:b])),
             reporter,
         )
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    @property
+    def gpus_per_engine(self) -> int:
+        """Processes of an engine, one a GPU."""
+        return self._config.engine.tensor_parallel_size
+
+    def incarnations(self, model: str) -> list[str]:
+        """The names of the engines (`VLLMWorker.incarnation`)."""
+        return self._each("saying who it is", lambda actor: actor.incarnation.remote(model))
+
+    def transfer(self, call: str, infos: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """One call of vLLM's weight transfer on every engine at once; `infos` has what each is told."""
+        told = iter(infos or [None] * len(self))
+        self._each("taking weights", lambda actor: actor.transfer.remote(call, next(told)))
+
+    def holds(self, model: str) -> None:
+        """Every engine has been given the weights of `model`."""
+        self._each("taking weights", lambda actor: actor.holds.remote(model))
+
+    def sleep(self, level: int) -> None:
+        """Every engine gives its GPU memory away (`VLLMWorker.sleep`)."""
+        self._each("going to sleep", lambda actor: actor.sleep.remote(level))
+
+    def wake(self, tags: list[str] | None = None) -> None:
+        """Every engine takes its memory back."""
+        self._each("waking", lambda actor: actor.wake.remote(tags))
 
     def _each(self, what: str, send: Callable[[Any], Any]) -> list[Any]:
         """One call on every worker, at once; its answers in the workers' order."""

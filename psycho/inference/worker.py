@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -55,14 +56,18 @@ class WeightReload:
     """Mixed into vLLM's own worker (`worker_extension_cls`), beside the model's weights."""
 
     def take_weights(self, folder: str) -> None:
-        """New weights in place.
+        """New weights in place."""
+        self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
+        self.renew_head()
+
+    def renew_head(self) -> None:
+        """The output head's packed copy after new weights.
 
         On a CPU vLLM 0.29 multiplies by a packed copy of the output head. Where the head is tied to the embedding no
-        weight of its own is loaded, so `reload_weights` alone would leave the former model's head in the copy.
+        weight of its own is loaded, so that new weights alone would leave the former model's head in the copy.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
         for module in self.model_runner.get_model().modules():  # type: ignore[attr-defined]
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
@@ -82,6 +87,7 @@ class VLLMWorker:
         self.spec = spec
         self.model = ""
         self._signature = ""
+        self._name = ""
         self._llm: Any = None
         self._tokenizer: Any = None
         self._stops: list[int] = []
@@ -229,18 +235,22 @@ class VLLMWorker:
 
     def score(self, conversations: Sequence[Messages]) -> list[float | None]:
         """Reward of each whole conversation (the model must be in use with runner `pooling`); None when too long."""
+        return [None if row is None else row[0] for row in self.labels(conversations)]
+
+    def labels(self, conversations: Sequence[Messages]) -> list[list[float] | None]:
+        """As `score`, all labels of a classifier that has several."""
         limit = self._llm.model_config.max_model_len
         with self._tokenizing:
             rendered = [conversation(self._tokenizer, messages) for messages in conversations]
             ids = [self._tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
         places = [index for index, row in enumerate(ids) if len(row) <= limit]
         prompts = [{"prompt_token_ids": ids[index]} for index in places]
-        scores: list[float | None] = [None] * len(ids)
+        scores: list[list[float] | None] = [None] * len(ids)
         if not prompts:
             return scores
         outputs = self._loop.run(lambda: self._llm.encode(prompts, pooling_task="classify", use_tqdm=False))
         for index, output in zip(places, outputs, strict=True):
-            scores[index] = float(output.outputs.data.flatten()[0])
+            scores[index] = output.outputs.data.flatten().tolist()
         return scores
 
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[float] | None]:
@@ -265,6 +275,45 @@ class VLLMWorker:
             found[places[turn]] = [entry[token].logprob for entry, token in zip(entries, asked, strict=True)]
         return found
 
+    def incarnation(self, model: str) -> str:
+        """The name of the engine, which is started with `model` where there is none: another after every start."""
+        if self._llm is None:
+            self.use(model)
+        return self._name
+
+    def transfer(self, call: str, info: Mapping[str, Any] | None = None) -> None:
+        """One call of vLLM's weight transfer; until `holds` says what they are, the weights are nobody's."""
+
+        def work() -> None:
+            self.model = ""
+            getattr(self._llm, call)(*([] if info is None else [dict(info)]))
+
+        self._loop.run(work)
+
+    def holds(self, model: str) -> None:
+        """The weights that were transferred are those of `model`."""
+
+        def work() -> None:
+            self._llm.collective_rpc("renew_head")
+            self._llm.reset_prefix_cache()
+            self.model = model
+
+        self._loop.run(work)
+
+    def sleep(self, level: int) -> None:
+        """Give the engine's memory on the GPU away: 1 keeps the weights in the host's memory, 2 lets go of them."""
+
+        def work() -> None:
+            if self._llm is not None:
+                self._llm.sleep(level)
+                self.model = "" if level == 2 else self.model
+
+        self._loop.run(work)
+
+    def wake(self, tags: list[str] | None) -> None:
+        """Take the memory back, or that of `weights` or `kv_cache` alone."""
+        self._loop.run(lambda: self._llm.wake_up(tags) if self._llm is not None else None)
+
     def _hold(self, model: str, runner: str = "generate") -> Any:
         """The engine with `model` in it; on the engine's thread."""
         if model == self.model:
@@ -276,7 +325,7 @@ class VLLMWorker:
             self._llm.reset_prefix_cache()
         else:
             self._stop()
-            self._llm = self._start(folder, runner)
+            self._llm, self._name = self._start(folder, runner), uuid.uuid4().hex
             self._signature = signature
             self._tokenizer = copy.deepcopy(self._llm.get_tokenizer())
             self._stops = stop_ids(self._tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from psycho import storage
 from psycho.evaluation import findings, plots
 from psycho.evaluation.report import render_report
 from psycho.evaluation.summary import build_summary, stage_manifests
@@ -219,3 +221,18 @@ def test_online_rounds_say_which_policy_was_kept_and_draw_what_was_watched(fake_
     assert row and "<td>12.5\u00a0%</td><td>3</td><td>41</td>" in row[0]
     drawn = html[html.index('id="rounds-figure_1"') :]
     assert all(word in drawn for word in ("dev, after the round", "KL to the first policy", "best of a speech"))
+
+
+def test_online_rounds_show_what_the_held_out_judge_said(fake_run: Any) -> None:
+    run = fake_run.finish()
+    assert "held-out judge" not in page(run)
+    file = run.path("models", "online", "rounds.json")
+    rounds = json.loads(storage.read_text(file) or "")
+    rounds[0]["before"] = {"dev_score": 3.5, "gold_score": 3.25}
+    rounds[1] |= {"gold_score": 2.75, "gold_rated": 40, "gold_failed": 0, "gold_tokens": 9000}
+    storage.write_text(file, json.dumps(rounds))
+    html = page(run)
+    assert "before the first it gave them 3.25" in html
+    rows = re.findall(r'<tr><th scope="row">[123]</th><td>1,600</td>.*?</tr>', html)
+    assert "<td>2.75</td><td>41</td>" in rows[1] and "<td>–</td><td>42</td>" in rows[2]
+    assert "held-out judge, 1 to 5" in html[html.index('id="rounds-figure_1"') :]

@@ -13,6 +13,7 @@ from psycho.judging.rubric import Rating
 from psycho.principles import STEMS
 from psycho.training.online.engines import Engines
 from psycho.training.online.rollout import Rollout, Sampled
+from psycho.training.online.watch import mean_value
 
 SPEECHES = [{"speech_id": f"s{number}", "question": f"Question {number}?"} for number in range(40)]
 
@@ -185,6 +186,7 @@ def test_the_judges_safety_keeps_a_response_from_being_chosen() -> None:
 def test_dev_speeches_have_the_same_seeds_every_time() -> None:
     pool = FakePool(["one a", "two a"], [1.0, 4.0])
     rollout = _rollout(pool)
-    first, seeds = rollout.dev_score("policy", SPEECHES[:2]), list(pool.seeds)
-    assert first == rollout.dev_score("later", SPEECHES[:2]) == 2.5
+    first, seeds = rollout.dev("policy", SPEECHES[:2]), list(pool.seeds)
+    assert first == rollout.dev("later", SPEECHES[:2])
+    assert mean_value(first) == 2.5 and mean_value([{"value": None}]) is None
     assert pool.seeds == seeds and len(set(seeds)) == 2

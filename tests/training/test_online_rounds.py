@@ -19,6 +19,7 @@ from psycho.errors import StageFailed
 from psycho.inference.worker import Completion
 from psycho.training.launch import read_history
 from psycho.training.loop import Trainer
+from psycho.training.online import heldout, watch
 from psycho.training.online.engines import Engines
 from psycho.training.online.rollout import Rollout
 from psycho.training.online.rounds import OnlineJob, Rounds
@@ -67,6 +68,12 @@ class Pool:
         texts = [talk[-1]["content"] for talk in conversations]
         return [text.count("hear") + text.count("What") - text.count("Cheer") + len(text) / 1000 for text in texts]
 
+    def sleep(self, level: int) -> None:
+        self._note(f"sleep {level}", "")
+
+    def wake(self, tags: list[str] | None = None) -> None:
+        self._note(f"wake {tags or 'all'}", "")
+
     def read(self, model: str, rows: Sequence[list[int]]) -> list[list[float]]:
         self._note("read", model)
         policy = AutoModelForCausalLM.from_pretrained(model).eval()
@@ -102,9 +109,9 @@ class Tried:
         self.pool = Pool()
         self.history: list[dict[str, float]] = []
 
-    def __call__(self) -> Rounds:
+    def __call__(self, reporter: Any = None) -> Rounds:
         engines: Any = Engines(self.pool, self.pool, None, "reward")  # type: ignore[arg-type]
-        rollout = Rollout(engines, self.config)
+        rollout = Rollout(engines, self.config, reporter)
         work, output = str(self.root / "rounds"), str(self.root / "online")
         train, dev = SPEECHES[self.dev :], SPEECHES[: self.dev]
         rounds = Rounds(OnlineJob(self.config, self.config.training, self.policy, work, output, train, dev, rollout))
@@ -319,7 +326,7 @@ def test_a_tensor_that_is_not_the_trainers_stops_the_round(
 
 def _score_dev(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
     left = iter(scores)
-    monkeypatch.setattr(Rollout, "dev_score", lambda self, policy, speeches: next(left))
+    monkeypatch.setattr(Rollout, "dev", lambda self, policy, speeches: [{"value": next(left)}])
 
 
 def test_the_policy_with_the_best_dev_score_is_kept(
@@ -353,3 +360,100 @@ def test_the_dev_score_is_the_mean_value_of_the_dev_speeches(whole: Tried, tmp_p
     )  # the seeds are the same
     rows = pq.read_table(tmp_path / "rounds" / "sampled-0" / "samples.parquet").to_pylist()
     assert not {row["speech_id"] for row in rows} & {speech["speech_id"] for speech in SPEECHES[:3]}
+
+
+# Held-out judge
+
+
+class _Lines:
+    """A reporter that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def add(self, rows: int, tokens: int = 0, note: str = "") -> None:
+        self.notes.append(note)
+
+
+def test_a_held_out_judge_watches_every_few_rounds_and_chooses_nothing(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores fall while the dev score rises: they are told, and the policy of the best dev score is kept."""
+    opinions = iter([4.0, 2.0])
+    seen: list[list[Any]] = []
+
+    def opinion(engines: Any, config: Any, speeches: Any, rows: Any, reporter: Any) -> dict[str, Any]:
+        seen.append([row["response"] for row in rows])
+        return dict(zip(heldout.KEYS, (next(opinions), len(rows), 0, 50), strict=True))
+
+    monkeypatch.setattr(heldout, "opinion", opinion)
+    tried = Tried(tmp_path, whole.policy, dev=2, rounds=3, gold_every=2, kl_samples=0)
+    lines: Any = _Lines()
+    tried(lines)
+    assert [report.get("gold_score") for report in tried.reports] == [None, 2.0, None]
+    assert tried.reports[0]["before"]["gold_score"] == 4.0 and "before" not in tried.reports[1]
+    assert tried.reports[1]["gold_tokens"] == 50 and tried.reports[1]["seconds"]["gold"] >= 0
+    assert "gold" not in tried.reports[2]["seconds"]
+    told = [line for line in lines.notes if "held-out judge" in line]
+    assert [line.partition(":")[0] for line in told] == ["after round 0", "after round 2"] and "2.00" in told[1]
+    dev = {number: report["dev_score"] for number, report in enumerate(tried.reports, 1)}
+    assert tried.reports[watch.best(dev, 3) - 1]["chosen"]
+    # The answers that the dev score was taken by, not others: each dev speech is answered once a round.
+    assert [name for name, _ in tried.pool.asked].count("sample") == 3 + 4 and all(len(rows) == 2 for rows in seen)
+
+
+def test_its_opinion_is_asked_once_where_a_job_is_resumed(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def opinion(engines: Any, config: Any, speeches: Any, rows: Any, reporter: Any) -> dict[str, Any]:
+        asked.append(1)
+        return dict(zip(heldout.KEYS, (3.0, 2, 0, 9), strict=True))
+
+    monkeypatch.setattr(heldout, "opinion", opinion)
+    tried = Tried(tmp_path, whole.policy, dev=2, gold_every=1, kl_samples=0)
+    _break_call(tried, "sample", 4)  # dev, round 0, dev, round 1
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    tried.pool.break_at = lambda name: None
+    tried()
+    assert len(asked) == 3 and [report["gold_score"] for report in tried.reports] == [3.0, 3.0]
+
+
+# Turns on a GPU
+
+
+def test_engines_sleep_while_the_policy_trains(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And have their weights before their cache; the rounds come out as they do side by side."""
+    tried = Tried(tmp_path, whole.policy, placement="colocate", transport="disk", kl_samples=0)
+    fit, save = Trainer.fit, Trainer.save
+
+    def fitted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tried.pool.asked.append(("fit", ""))
+        return fit(self, *args, **kwargs)
+
+    def saved(self: Any, folder: str) -> None:
+        tried.pool.asked.append(("save", ""))
+        save(self, folder)
+
+    monkeypatch.setattr(Trainer, "fit", fitted)
+    monkeypatch.setattr(Trainer, "save", saved)
+    tried()
+    names = [name for name, _ in tried.pool.asked]
+    a_round = [
+        "sample",
+        "reward",
+        "sleep 2",
+        "sleep 2",
+        "fit",
+        "save",
+        "wake ['weights']",
+        "wake all",
+        "wake all",
+        "read",
+    ]
+    assert names == ["wake all", "wake all", "use", "use", "read", *a_round, *a_round]
+    assert _same(tried.weights, whole.weights)
+    assert all(report["gpu_gib"].keys() == {"sampling", "asleep", "trained", "awake"} for report in tried.reports)
+    assert "gpu_gib" not in whole.reports[0]

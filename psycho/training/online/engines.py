@@ -19,63 +19,97 @@ from psycho.config import Config, InferenceConfig, JudgeConfig
 from psycho.errors import BadInput
 from psycho.inference.models import engine_signature
 from psycho.inference.pool import WorkerPool
+from psycho.training.online.placement import engine_of
 
 
 @dataclass
 class Engines:
-    """`judge` may be `rollout` itself; the models are folders or hub ids, empty where nothing scores by them."""
+    """`judge` and `gold` may be `rollout`; the models are folders or hub ids, empty where nothing scores by them.
+
+    `gold` is the judge that is not the scorer, which only watches.
+    """
 
     rollout: WorkerPool
     reward: WorkerPool | None = None
     judge: WorkerPool | None = None
     reward_model: str = ""
     judge_model: str = ""
+    gold: WorkerPool | None = None
+    gold_model: str = ""
+    colocated: bool = False
 
     def start(self, policy: str) -> None:
-        """Let all engines start; returns at once."""
-        self.rollout.start(policy)
-        if self.reward:
-            self.reward.start(self.reward_model, "pooling")
-        if self.judge and self.judge is not self.rollout:
-            self.judge.start(self.judge_model)
+        """Let all engines start; returns at once, or where they share their GPUs when they are up and asleep."""
+        for pool, model, runner in self._held(policy):
+            if self.colocated:  # vLLM measures what memory is free, so nobody else may be about to take some
+                pool.use(model, runner)
+                pool.sleep(1)
+            else:
+                pool.start(model, runner)
+
+    def sleep(self, level: int) -> None:
+        """All engines give their GPU memory away, those that score with their weights kept."""
+        for pool, *_ in self._held(""):
+            pool.sleep(level if pool is self.rollout else 1)
+
+    def wake(self) -> None:
+        """All engines take it back."""
+        for pool, *_ in self._held(""):
+            pool.wake()
 
     def wait(self, policy: str) -> None:
         """Until all engines are up and hold what they need first."""
-        self.rollout.use(policy)
+        for pool, model, runner in self._held(policy):
+            pool.use(model, runner)
+
+    def _held(self, policy: str) -> list[tuple[WorkerPool, str, str]]:
+        """Every pool once, with the model that it holds first and vLLM's runner of it."""
+        found = [(self.rollout, policy, "generate")]
         if self.reward:
-            self.reward.use(self.reward_model, "pooling")
-        if self.judge and self.judge is not self.rollout:
-            self.judge.use(self.judge_model)
+            found.append((self.reward, self.reward_model, "pooling"))
+        judges = [(self.judge, self.judge_model), (self.gold, self.gold_model)]
+        return found + [(pool, model, "generate") for pool, model in judges if pool and pool is not self.rollout]
 
 
 @contextmanager
 def engines(
-    config: Config, policy: str, reward_model: str = "", judge_model: str = "", verbose: bool = False
+    config: Config,
+    policy: str,
+    reward_model: str = "",
+    judge_model: str = "",
+    verbose: bool = False,
+    gold_model: str = "",
 ) -> Iterator[Engines]:
     """Workers for sampling by `policy` and for scoring by the models given; they end with the block.
 
     Raises:
         BadInput: the cluster cannot hold them and the training beside them.
     """
-    shared = bool(judge_model) and takes_turns(config, policy, judge_model)
     rewards = reward_workers(config) if reward_model else None
-    judges = judge_workers(config) if judge_model and not shared else None
-    check_room(config, [config.inference, *filter(None, (rewards, judges))])
+    judges = judge_workers(config, config.judge, policy, judge_model)
+    held_out = config.evaluation.judge
+    watching = judge_workers(config, held_out, policy, gold_model) if held_out else None
+    check_room(config, [config.inference, *filter(None, (rewards, judges, watching))])
     with ExitStack() as stack:
 
-        def pool(workers: InferenceConfig) -> WorkerPool:
-            return stack.enter_context(WorkerPool(workers, config.seed, verbose=verbose))
+        def pool(workers: InferenceConfig | None) -> WorkerPool | None:
+            return made(workers, policy=False) if workers else None
 
-        rollout = pool(config.inference)
-        judge = rollout if shared else None
-        yield Engines(
-            rollout, pool(rewards) if rewards else None, pool(judges) if judges else judge, reward_model, judge_model
-        )
+        def made(workers: InferenceConfig, policy: bool) -> WorkerPool:
+            placed = workers.model_copy(update={"engine": engine_of(config, workers.engine, policy)})
+            return stack.enter_context(WorkerPool(placed, config.seed, verbose=verbose))
+
+        rollout = made(config.inference, policy=True)
+        judge = (pool(judges) or rollout) if judge_model else None
+        gold = (pool(watching) or rollout) if gold_model else None
+        colocated = config.online.placement == "colocate"
+        yield Engines(rollout, pool(rewards), judge, reward_model, judge_model, gold, gold_model, colocated)
 
 
-def takes_turns(config: Config, policy: str, judge_model: str) -> bool:
-    """True where the judge needs no workers of its own."""
-    own = config.judge.engine is not None or config.judge.gpus_per_worker is not None or config.online.scorer_workers
+def takes_turns(config: Config, policy: str, judge_model: str, judge: JudgeConfig | None = None) -> bool:
+    """True where the judge (none: that of the labels) needs no workers of its own."""
+    judge = judge or config.judge
+    own = judge.engine is not None or judge.gpus_per_worker is not None or config.online.scorer_workers
     return not own and engine_signature(policy) == engine_signature(judge_model)
 
 
@@ -85,9 +119,10 @@ def reward_workers(config: Config) -> InferenceConfig:
     return _workers(config, online.scorer_gpus_per_worker, {"engine": online.scorer_engine or config.inference.engine})
 
 
-def judge_workers(config: Config) -> InferenceConfig:
-    """The workers of a judge that cannot share those of the policy."""
-    judge: JudgeConfig = config.judge
+def judge_workers(config: Config, judge: JudgeConfig, policy: str, model: str) -> InferenceConfig | None:
+    """The workers of a judge; none where there is no model of it, or where it shares those of the policy."""
+    if not model or takes_turns(config, policy, model, judge):
+        return None
     return _workers(config, judge.gpus_per_worker, {"engine": judge.engine or config.inference.engine})
 
 

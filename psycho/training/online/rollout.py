@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from psycho.config import Config
 from psycho.inference.requests import prompt
+from psycho.principles import STEMS
 from psycho.progress import Reporter
 from psycho.schema import stable_id, stable_seed
 from psycho.training.online.clock import Clock
@@ -28,6 +29,7 @@ SAMPLE = pa.schema(
         ("response", pa.string()),
         ("output_tokens", pa.int32()),
         ("reward", pa.float64()),  # the reward model's logit; null where it is not asked or could not say
+        ("heads", pa.list_(pa.float64())),  # ratings by its heads, in the order of STEMS; null where not asked for
         ("overall", pa.float64()),  # the judge's; likewise
         ("safety", pa.int32()),
         ("score", pa.float64()),  # of the scorer asked for; null where a part of it is missing
@@ -79,11 +81,10 @@ class Rollout:
         report = {"round": number} | figures(samples, online) | {"pairs": len(pairs), "ties": ties / len(speeches)}
         return Sampled(samples, pairs, report | {"seconds": {p: clock.seconds()[p] for p in ("sampling", "scoring")}})
 
-    def dev_score(self, policy: str, speeches: Sequence[Speech]) -> float | None:
-        """Mean value of one response to each speech, with the same seeds every time."""
+    def dev(self, policy: str, speeches: Sequence[Speech]) -> list[Row]:
+        """One response to each speech, with the same seeds every time."""
         seeds = [stable_seed("dev", self.config.seed, speech["speech_id"]) for speech in speeches]
-        known = [row["value"] for row in self.draw(policy, speeches, 1, seeds, Clock()) if row["value"] is not None]
-        return sum(known) / len(known) if known else None
+        return self.draw(policy, speeches, 1, seeds, Clock())
 
     def draw(self, policy: str, speeches: Sequence[Speech], k: int, seeds: Sequence[int], clock: Clock) -> list[Row]:
         """`k` samples of each speech with their scores (rows of `SAMPLE`), speech by speech."""
@@ -93,7 +94,8 @@ class Rollout:
             answers = self.engines.rollout.sample(policy, prompts, seeds, self.config.online.sampling, self.reporter)
         rows: list[Row] = [
             {"speech_id": speech["speech_id"], "sample": sample, "response": answer.text.strip()}
-            | {"output_tokens": answer.output_tokens, "reward": None, "overall": None, "safety": None}
+            | {"output_tokens": answer.output_tokens, "reward": None, "heads": None}
+            | {"overall": None, "safety": None}
             for (speech, sample), answer in zip(asked, answers, strict=True)
         ]
         places = [place for place, row in enumerate(rows) if row["response"]]
@@ -110,9 +112,16 @@ class Rollout:
         if engines.reward is None:
             return
         whole = [[*prompts[place], {"role": "assistant", "content": rows[place]["response"]}] for place in places]
-        found = engines.reward.reward(engines.reward_model, whole, self.reporter)
-        for place, reward in zip(places, found, strict=True):
-            rows[place]["reward"] = reward
+        if not self.config.online.head_weights:
+            found = engines.reward.reward(engines.reward_model, whole, self.reporter)
+            for place, reward in zip(places, found, strict=True):
+                rows[place]["reward"] = reward
+            return
+        for place, labels in zip(
+            places, engines.reward.classify(engines.reward_model, whole, self.reporter), strict=True
+        ):
+            if labels is not None:
+                rows[place] |= {"reward": labels[0], "heads": labels[1:]}
 
     def _judge(self, rows: list[Row], places: Sequence[int], speeches: Sequence[Speech], seeds: Sequence[int]) -> None:
         engines = self.engines
@@ -127,11 +136,15 @@ class Rollout:
 
     def _score(self, row: Row) -> float | None:
         online, reward, overall = self.config.online, row["reward"], row["overall"]
+        if (online.rewarded and reward is None) or (online.judged and overall is None):
+            return None
+        if not online.rewarded:
+            return overall
+        heads = dict(zip(STEMS, row["heads"] or (), strict=False))
+        principles = sum(weight * heads[stem] for stem, weight in online.head_weights.items())
         if online.scorer == "mixture":
-            if reward is None or overall is None:
-                return None
-            return online.reward_weight * reward + online.judge_weight * overall
-        return overall if online.judged else reward
+            return online.reward_weight * reward + online.judge_weight * overall + principles
+        return reward + principles
 
     def _messages(self, speech: Speech) -> str:
         return json.dumps(prompt(speech, self.config.generation.system_prompt), ensure_ascii=False)

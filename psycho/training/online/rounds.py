@@ -11,12 +11,12 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,14 +28,16 @@ from psycho.inference.requests import prompt
 from psycho.schema import stable_seed
 from psycho.training.launch import read_rows
 from psycho.training.loop import Trainer, setup_worker, write_history, write_notes
-from psycho.training.online import proof, watch
+from psycho.training.online import heldout, proof, watch
 from psycho.training.online.clock import Clock
 from psycho.training.online.pairing import round_speeches
+from psycho.training.online.ranks import on_first
 from psycho.training.online.reference import FixedReference
 from psycho.training.online.rollout import Rollout, Sampled, Speech
 from psycho.training.online.state import RoundStore, load_optimizer, save_optimizer
+from psycho.training.online.transport import transport
+from psycho.training.online.turns import Turns
 
-T = TypeVar("T")
 Row = dict[str, Any]
 _EXACT, _ROUNDED = 1e-4, 0.5  # nats of a token; the second where trainer or engine computes in 16 bits
 
@@ -76,6 +78,8 @@ class Rounds:
             if self.done and self.store.training(self.done)["world"] == self.trainer.world:
                 load_optimizer(self.trainer.engine, policy)
             self.fixed = self._fixed_reference()
+            self.transport = transport(job.config, self.trainer, job.rollout.engines, policy)
+            self.turns = Turns(job.config, job.rollout.engines)
         tokenizer = copy.deepcopy(self.trainer.tokenizer)  # one that the thread of samples has for itself
         system = job.config.generation.system_prompt
         speeches = [*job.speeches, *job.dev]
@@ -83,11 +87,13 @@ class Rounds:
         self.tokenizer = tokenizer
         self.threads = ThreadPoolExecutor(1, thread_name_prefix="samples")
         self.ahead: Future[None] | None = None
+        self.answers: list[Row] = []
 
     def run(self) -> None:
         """Train the rounds that are left and write the model."""
         with self.clock("start"):
             policy = self.store.policy(self.done, self.job.policy)
+            self.turns.wake()  # they are asleep where the trainer was to start beside them
             on_first("starting the engines", lambda: self.job.rollout.engines.wait(policy))
         facts = self._settle(self.done)
         on_first("writing", lambda: self._note(facts))
@@ -101,13 +107,17 @@ class Rounds:
         on_first(f"round {number}", lambda: self._sampled(number, self.clock))
         if dist.get_rank() == 0 and self.online.staleness and number + 1 < self.online.rounds:
             self.ahead = self.threads.submit(self._sampled, number + 1, Clock())
+        with self.clock("sync"):
+            self.turns.rest()
         with self.clock("training"):
             report = self._train(number)
         self._save(number + 1, report)
         if self.online.staleness:
             with self.clock("waiting"):
                 on_first(f"round {number + 1}", self._join)
-        facts = self._settle(number + 1)
+        with self.clock("sync"):
+            self._send(number + 1)
+        facts = self._settle(number + 1) | self.turns.facts()
         on_first("writing", lambda: self._finish(number + 1, facts))
         self.clock = Clock()
 
@@ -115,6 +125,12 @@ class Rounds:
         """What was found at the start, where an earlier try did not come to note it."""
         if not self.store.after(self.done):
             self.store.keep_after(self.done, facts)
+        self._tell(self.done, facts)
+
+    def _tell(self, index: int, facts: Row) -> None:
+        line = watch.said(index, facts)
+        if line and self.job.rollout.reporter:
+            self.job.rollout.reporter.add(0, 0, line)
 
     def _resume(self) -> int:
         self.store.tidy()
@@ -178,6 +194,13 @@ class Rounds:
             report |= {"world": self.trainer.world}
             on_first("writing", lambda: self.store.keep_trained(index, folder, report))
 
+    def _send(self, index: int) -> None:
+        """The weights in training to the engines, which wake for it where they slept; collective."""
+        before, policy = (self.store.policy(place, self.job.policy) for place in (index - 1, index))
+        self.turns.wake_weights()
+        self.transport.send(policy, before)
+        self.turns.wake()
+
     def _join(self) -> None:
         if self.ahead:
             self.ahead.result(timeout=self.online.round_timeout_s)
@@ -191,7 +214,11 @@ class Rounds:
             error = on_first(f"weights after {index} rounds", lambda: self._prove(policy, said))
         with self.clock("watch"):
             score = on_first("dev score", lambda: self._dev_score(index, policy))
-        return {"sync_error": error, "dev_score": score}
+        facts = {"sync_error": error, "dev_score": score}
+        if heldout.due(self.job.config, index):
+            with self.clock("gold"):
+                facts |= on_first("held-out judge", lambda: self._held_out(index, policy))
+        return facts
 
     def _prove(self, policy: str, said: Sequence[Sequence[float]]) -> float:
         exact = (self.job.training.precision, self.job.config.inference.engine.dtype) == ("fp32", "float32")
@@ -200,8 +227,20 @@ class Rounds:
         return proof.check(said, rollout.read_by_each(policy, [row.ids for row in self.probes]), tolerance)
 
     def _dev_score(self, index: int, policy: str) -> float | None:
-        known = self.store.after(index).get("dev_score")
-        return known if known is not None or not self.job.dev else self.job.rollout.dev_score(policy, self.job.dev)
+        known, self.answers = self.store.after(index).get("dev_score"), []
+        if known is not None or not self.job.dev:
+            return known
+        self.answers = self.job.rollout.dev(policy, self.job.dev)
+        return watch.mean_value(self.answers)
+
+    def _held_out(self, index: int, policy: str) -> Row:
+        """What the held-out judge says of the answers by which the dev score was taken."""
+        known = self.store.after(index)
+        if "gold_score" in known:
+            return {name: known[name] for name in heldout.KEYS}
+        rollout, dev = self.job.rollout, self.job.dev
+        answers = self.answers or rollout.dev(policy, dev)  # an earlier try may have taken the dev score alone
+        return heldout.opinion(rollout.engines, self.job.config, dev, answers, rollout.reporter)
 
     def _stops(self, done: int) -> bool:
         return watch.stops(self._dev_scores(done), done, self.online.patience)
@@ -212,6 +251,7 @@ class Rounds:
     def _finish(self, index: int, facts: Row) -> None:
         """Note what was found after a round, and let go of the policies that nobody will ask for."""
         self.store.keep_after(index, facts | {"seconds": self.clock.whole()})
+        self._tell(index, facts)
         best = watch.best(self._dev_scores(index), index)
         self.store.forget({index, index - self.online.staleness, best})
 
@@ -227,23 +267,3 @@ class Rounds:
         write_notes(aside, self.trainer.notes)
         Path(aside, "rounds.json").write_text(json.dumps(reports), encoding="utf-8")
         os.replace(aside, self.job.output)
-
-
-def on_first(what: str, call: Callable[[], T]) -> T:
-    """What rank 0 says, on all ranks; they wait for it, and hear of it where it fails.
-
-    Raises:
-        StageFailed: the call raised on rank 0.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = call()
-        except StageFailed as error:
-            outcome[1] = str(error)
-        except Exception as error:  # every rank must hear of it, or the others would wait for ever
-            outcome[1] = f"{what}: {type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise StageFailed(outcome[1])
-    return outcome[0]

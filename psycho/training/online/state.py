@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from psycho import storage
+from psycho.training.online.heldout import KEYS
 from psycho.training.online.rollout import SAMPLE, Sampled
 
 Row = dict[str, Any]
@@ -81,12 +82,15 @@ class RoundStore:
         return _read(self._folder / f"trained-{index}" / "report.json")
 
     def rounds(self) -> list[Row]:
-        """One report a trained round, of all its parts."""
+        """One report a trained round, of all its parts; `before`, in the first, says what the first policy scored."""
         reports = []
         for number in range(self.trained()):
             parts = [_read(self._folder / f"sampled-{number}" / "report.json"), self.after(number + 1)]
             seconds = {name: value for part in parts for name, value in part.get("seconds", {}).items()}
             reports.append(parts[0] | parts[1] | {"seconds": seconds})
+        if reports:
+            first = self.after(0)
+            reports[0]["before"] = {name: first[name] for name in ("dev_score", *KEYS) if name in first}
         return reports
 
     def forget(self, keep: set[int]) -> None:

@@ -39,6 +39,19 @@ def figures(samples: Sequence[Row], online: OnlineConfig) -> dict[str, Any]:
     }
 
 
+def mean_value(samples: Sequence[Row]) -> float | None:
+    """The mean of the samples' values; None where there is none."""
+    known = [row["value"] for row in samples if row["value"] is not None]
+    return sum(known) / len(known) if known else None
+
+
+def said(index: int, facts: Row) -> str:
+    """What was found after `index` rounds, for the progress line; empty where nothing was."""
+    shown = (("dev", facts.get("dev_score")), ("held-out judge", facts.get("gold_score")))
+    parts = [f"{name} {score:.2f}" for name, score in shown if score is not None]
+    return f"after round {index}: {', '.join(parts)}" if parts else ""
+
+
 def divergence(
     pool: WorkerPool, tokenizer: Any, policy: str, first: str, texts: Sequence[tuple[Any, str]]
 ) -> dict[str, float]:

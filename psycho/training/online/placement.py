@@ -1,0 +1,112 @@
+"""Where the engines and the training of online DPO lie, and the way that new weights go between them.
+
+`separate`: on GPUs of their own; the weights go over NCCL. `colocate`: on the same GPUs in turn; the engines sleep
+while the policy trains, and take its weights by CUDA IPC. Where neither is to be had (a CPU) the engines read the
+folder that the trainer wrote.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psycho.config import Config, EngineConfig
+from psycho.errors import BadInput
+
+
+def transport_of(config: Config) -> str:
+    """`disk`, `nccl` or `ipc`: what is asked for, or what fits the placement."""
+    if config.online.transport != "auto":
+        return config.online.transport
+    if config.online.placement == "colocate":
+        return "ipc"
+    return "nccl" if _whole_gpus(config) else "disk"
+
+
+def _whole_gpus(config: Config) -> bool:
+    """True where engines and training have GPUs of their own; NCCL has no two ranks on one."""
+    shares = config.training.gpus_per_worker, config.inference.gpus_per_worker
+    return config.training.device == "cuda" and min(shares) >= 1
+
+
+def check_placement(config: Config) -> None:
+    """Refuse what cannot be, before anything is started.
+
+    Raises:
+        BadInput: the sentence says which settings contradict each other and what to do.
+    """
+    online, training, way = config.online, config.training, transport_of(config)
+    colocated = online.placement == "colocate"
+    if colocated and training.device == "cpu":
+        raise BadInput(
+            "online.placement colocate lets engines and training take turns on a GPU, and training.device is cpu; set "
+            "online.placement=separate"
+        )
+    if way != "disk" and (training.device == "cpu" or not config.inference.gpus_per_worker):
+        raise BadInput(
+            f"online.transport {way} sends weights from GPU to GPU, and the training or the engines have none "
+            "(training.device, inference.gpus_per_worker); set online.transport=disk"
+        )
+    if colocated and way == "nccl":
+        raise BadInput(
+            "online.transport nccl needs a GPU for each side, and online.placement is colocate; set online.transport "
+            "to ipc or disk"
+        )
+    if way == "nccl" and not _whole_gpus(config):
+        raise BadInput(
+            "online.transport nccl needs a GPU for each side, and training.gpus_per_worker "
+            f"{config.training.gpus_per_worker:g} and inference.gpus_per_worker "
+            f"{config.inference.gpus_per_worker:g} may be parts of the same one; set online.transport=disk"
+        )
+    if not colocated and way == "ipc":
+        raise BadInput(
+            "online.transport ipc needs engines and training on the same GPUs, and online.placement is separate; set "
+            "online.transport to nccl or disk, or online.placement to colocate"
+        )
+    if colocated:
+        _check_turns(config)
+
+
+def _check_turns(config: Config) -> None:
+    online, training, inference = config.online, config.training, config.inference
+    if online.staleness:
+        raise BadInput(
+            "online.staleness 1 samples while the policy trains, and under online.placement colocate the engines sleep "
+            "then; set online.staleness=0 or online.placement=separate"
+        )
+    if inference.engine.tensor_parallel_size > 1:
+        raise BadInput(
+            "under online.placement colocate an engine shares one GPU with one training worker, and "
+            f"inference.engine.tensor_parallel_size is {inference.engine.tensor_parallel_size}; set it to 1 or "
+            "online.placement=separate"
+        )
+    if inference.workers > training.workers:
+        raise BadInput(
+            f"under online.placement colocate every engine shares the GPU of a training worker, and inference.workers "
+            f"{inference.workers} is more than training.workers {training.workers}; lower it"
+        )
+    scorers = 0.0
+    if online.rewarded:  # where they are parts of a GPU, all of them could be put on one
+        each = inference.gpus_per_worker if online.scorer_gpus_per_worker is None else online.scorer_gpus_per_worker
+        scorers = each * (online.scorer_workers or inference.workers) if each < 1 else 0.0
+    if inference.gpus_per_worker + training.gpus_per_worker + scorers > 1 + 1e-6:
+        raise BadInput(
+            "under online.placement colocate a GPU holds an engine, a training worker and what scores, and "
+            f"inference.gpus_per_worker {inference.gpus_per_worker:g}, training.gpus_per_worker "
+            f"{training.gpus_per_worker:g} and the reward model's workers ({scorers:g}) are over 1 together; set 0.6, "
+            "0.3 and online.scorer_gpus_per_worker=0.1, say"
+        )
+    if inference.workers > 1 and inference.gpus_per_worker <= 0.5:
+        raise BadInput(
+            f"under online.placement colocate two engines of inference.gpus_per_worker {inference.gpus_per_worker:g} "
+            "could be put on one GPU; set it above 0.5"
+        )
+
+
+def engine_of(config: Config, engine: EngineConfig, policy: bool) -> EngineConfig:
+    """An engine's settings with what its placement needs; `policy`: it takes weights from the trainer."""
+    extra: dict[str, Any] = {}
+    if config.online.placement == "colocate":
+        extra["enable_sleep_mode"] = True
+    if policy and transport_of(config) != "disk":
+        extra["weight_transfer_config"] = {"backend": transport_of(config)}
+    return engine.model_copy(update={"extra": extra | engine.extra}) if extra else engine

@@ -1,0 +1,32 @@
+"""What one rank does for all: rank 0 alone talks to the engines and writes the rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from psycho.errors import StageFailed
+
+T = TypeVar("T")
+
+
+def on_first(what: str, call: Callable[[], T]) -> T:
+    """What rank 0 says, on all ranks; they wait for it, and hear of it where it fails.
+
+    Raises:
+        StageFailed: the call raised on rank 0.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = call()
+        except StageFailed as error:
+            outcome[1] = str(error)
+        except Exception as error:  # every rank must hear of it, or the others would wait for ever
+            outcome[1] = f"{what}: {type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1]:
+        raise StageFailed(outcome[1])
+    return outcome[0]

@@ -1,0 +1,90 @@
+"""Where engines and training lie, what that needs, and what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from psycho.config import Config
+from psycho.errors import BadInput
+from psycho.stages import check_config
+from psycho.training.online.placement import check_placement, engine_of, transport_of
+
+COLOCATED = {"placement": "colocate", "scorer_gpus_per_worker": 0.1}
+
+
+def _config(online: Any = None, training: Any = None, inference: Any = None) -> Config:
+    """One GPU for both."""
+    return Config.model_validate(
+        {
+            "online": online if online is not None else COLOCATED,
+            "training": {"workers": 1, "gpus_per_worker": 0.3} | (training or {}),
+            "inference": {"workers": 1, "gpus_per_worker": 0.6} | (inference or {}),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("online", "device", "way"),
+    [
+        ({}, "cuda", "disk"),  # parts of a GPU, which may be the same one
+        ({}, "cpu", "disk"),
+        (COLOCATED, "cuda", "ipc"),
+        (COLOCATED | {"transport": "disk"}, "cuda", "disk"),
+        ({"transport": "disk"}, "cuda", "disk"),
+    ],
+)
+def test_the_way_fits_the_placement(online: Any, device: str, way: str) -> None:
+    config = _config(online, {"device": device})
+    assert transport_of(config) == way
+    check_placement(config)
+
+
+def test_engines_on_the_cpu_read_the_folder() -> None:
+    assert transport_of(_config({}, {"gpus_per_worker": 1}, {"gpus_per_worker": 0})) == "disk"
+
+
+def test_whole_gpus_talk_over_nccl() -> None:
+    config = Config.model_validate({"online": {"transport": "auto"}})
+    assert transport_of(config) == "nccl"
+    check_placement(config)
+    assert engine_of(config, config.inference.engine, True).extra == {"weight_transfer_config": {"backend": "nccl"}}
+
+
+@pytest.mark.parametrize(
+    ("online", "training", "inference", "sentence"),
+    [
+        ({}, {"device": "cpu"}, {}, r"training.device is cpu; set online.placement=separate"),
+        ({"staleness": 1}, {}, {}, r"engines sleep then; set online.staleness=0"),
+        ({"transport": "nccl"}, {}, {}, r"set online.transport to ipc or disk"),
+        ({"placement": "separate", "transport": "ipc"}, {}, {}, r"online.placement is separate; set"),
+        ({"placement": "separate", "transport": "nccl"}, {"device": "cpu"}, {}, r"set online.transport=disk"),
+        ({"placement": "separate", "transport": "nccl"}, {}, {"gpus_per_worker": 0}, r"set online.transport=disk"),
+        ({"placement": "separate", "transport": "nccl"}, {}, {}, r"0.3 and .* 0.6 may be parts of the same one"),
+        ({}, {}, {"engine": {"tensor_parallel_size": 2}}, r"tensor_parallel_size is 2; set it to 1"),
+        ({}, {}, {"workers": 2}, r"inference.workers 2 is more than training.workers 1"),
+        ({}, {"gpus_per_worker": 0.5}, {}, r"0.6, training.gpus_per_worker 0.5 .*\(0.1\) are over 1 together"),
+        ({}, {"workers": 2}, {"workers": 2, "gpus_per_worker": 0.4}, r"put on one GPU; set it above 0.5"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(
+    online: Any, training: Any, inference: Any, sentence: str
+) -> None:
+    config = _config(COLOCATED | online, training, inference)
+    for check in (check_placement, check_config):
+        with pytest.raises(BadInput, match=sentence):
+            check(config)
+
+
+def test_engines_get_what_their_placement_needs() -> None:
+    config = _config()
+    engine = config.inference.engine
+    assert engine_of(config, engine, True).extra == {
+        "enable_sleep_mode": True,
+        "weight_transfer_config": {"backend": "ipc"},
+    }
+    assert engine_of(config, engine, False).extra == {"enable_sleep_mode": True}
+    assert engine_of(_config({}, {"device": "cpu"}), engine, True) is engine
+    own = engine.model_copy(update={"extra": {"enable_sleep_mode": False, "swap_space": 1}})
+    assert engine_of(config, own, False).extra == {"enable_sleep_mode": False, "swap_space": 1}
