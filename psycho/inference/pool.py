@@ -7,7 +7,8 @@ again: every call names its model, so it comes back with the right weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any, TypeVar
 
 import ray
@@ -208,7 +209,7 @@ class WorkerPool:
 
     def transfer(self, call: str, infos: Sequence[Mapping[str, Any]] | None = None) -> None:
         """One call of vLLM's weight transfer on every engine at once; `infos` has what each is told."""
-        told = iter(infos or [None] * len(self))
+        told: Iterator[Mapping[str, Any] | None] = iter(infos) if infos else repeat(None)
         self._each("taking weights", lambda actor: actor.transfer.remote(call, next(told)))
 
     def holds(self, model: str) -> None:

@@ -33,7 +33,10 @@ def render(tokenizer: Any, messages: Messages, variables: Mapping[str, Any] | No
 
 
 def conversation(
-    tokenizer: Any, messages: Sequence[dict[str, str]], answer: bool = False, variables: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    answer: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The messages as the model reads them, to be tokenized as they are; training, scoring and serving read the same.
 
@@ -43,7 +46,7 @@ def conversation(
     Raises:
         ValueError: the model's template refuses these messages.
     """
-    plain = [message | {"content": plain_text(tokenizer, message["content"])} for message in messages]
+    plain = [dict(message) | {"content": plain_text(tokenizer, message["content"])} for message in messages]
     return with_one_bos(tokenizer, _apply(tokenizer, plain, {"add_generation_prompt": answer} | dict(variables or {})))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -62,7 +61,7 @@ class DirectTransport:
         other side of a collective cannot be told, and the job goes on from disk when it is given again."""
         pool = self._engines.rollout
         seen = on_first("asking the engines", lambda: pool.incarnations(before))
-        faulthandler.dump_traceback_later(self._limit, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self._limit, exit=True, file=2)
         try:
             if seen != self._seen:
                 self._sender, self._seen = self._connect(PoolClient(pool), as_source(self._stream)), seen
