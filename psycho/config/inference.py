@@ -1,0 +1,95 @@
+"""Settings of the engines, of sampling, and of the models that are asked, here or behind an endpoint."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from psycho.config.section import Section
+
+
+class EngineConfig(Section):
+    """Arguments of the vLLM engine; `extra` goes to `vllm.LLM` unchanged."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(None, ge=16, description="tokens of prompt and answer together")
+    max_num_seqs: int = Field(256, ge=1, description="sequences decoded together")
+    enforce_eager: bool = False
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    enable_prefix_caching: bool = True
+    trust_remote_code: bool = Field(False, description="runs code from the model's folder; off unless you say so")
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+
+class InferenceConfig(Section):
+    """The vLLM workers that generate, judge and score."""
+
+    workers: int = Field(1, ge=1, description="vLLM workers; each holds one engine")
+    cpus_per_worker: float = Field(1.0, ge=0)
+    gpus_per_worker: float = Field(1.0, ge=0)
+    batch_size: int = Field(256, ge=1, description="requests handed to an engine at once")
+    engine: EngineConfig = EngineConfig()
+    env: dict[str, str] = Field(default_factory=dict, description="environment of the workers")
+    start_timeout_s: float = Field(1800, gt=0)
+    batch_timeout_s: float = Field(3600, gt=0)
+
+
+class SamplingConfig(Section):
+    """Sampling of responses."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens; a remote endpoint gets it only when set")
+    repetition_penalty: float = Field(1.0, gt=0, description="1: none; a remote endpoint gets it only when set")
+    stop: tuple[str, ...] = Field((), description="texts that end an answer, beside the model's own stop tokens")
+
+
+class PriceConfig(Section):
+    """What a model costs, in one currency for the whole run, per million tokens."""
+
+    input: float = Field(0.0, ge=0)
+    output: float = Field(0.0, ge=0)
+
+
+class RemoteConfig(Section):
+    """An OpenAI-compatible endpoint."""
+
+    url: str = Field(..., pattern=r"^https?://", description="up to and with /v1; /chat/completions is added")
+    api_key_env: str | None = Field(None, description="environment variable that holds the key")
+    api_key_file: str | None = Field(None, description="file that holds the key and nothing else")
+    concurrency: int = Field(16, ge=1, description="requests open at once")
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0, description="prompt and answer together")
+    timeout_s: float = Field(120, gt=0, description="for one try, from the first byte sent to the last received")
+    tries: int = Field(6, ge=1, description="of one request; then it goes to quarantine")
+    backoff_s: float = Field(1.0, gt=0, description="wait after the first failure; doubles, with jitter")
+    max_backoff_s: float = Field(60.0, gt=0, description="longest wait of ours; Retry-After may ask for more")
+    omit: tuple[str, ...] = Field((), description="fields that the endpoint does not take, as seed or top_p")
+    token_limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+
+class ModelConfig(Section):
+    """A model of the pool: a folder, a hub id, `nano:<name>` of the embedded world, or a name at an endpoint."""
+
+    name: str
+    model: str
+    parameters_b: float | None = Field(None, gt=0, description="size in 10^9 parameters, for estimates")
+    engine: EngineConfig | None = Field(None, description="instead of inference.engine")
+    gpus_per_worker: float | None = Field(None, ge=0)
+    weight: float = Field(1.0, gt=0, description="how often it is drawn, next to the others' weights")
+    sampling: SamplingConfig | None = Field(None, description="instead of generation.sampling")
+    system_prompt: str | None = Field(None, description="instead of generation.system_prompt; '' for none")
+    template_variables: dict[str, Any] = Field(
+        default_factory=dict, description="of the chat template, as enable_thinking: false"
+    )
+    price: PriceConfig = PriceConfig()
+    remote: RemoteConfig | None = Field(None, description="where `model` is served; none: vLLM on this cluster")
+
+    @model_validator(mode="after")
+    def _place(self) -> ModelConfig:
+        if self.remote and (self.engine or self.gpus_per_worker):
+            raise ValueError(f"model {self.name} is remote; engine and gpus_per_worker are for local models")
+        return self

@@ -1,0 +1,148 @@
+"""Settings of the trainings: what each optimizes, and how they share the devices."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from psycho.config.section import Section
+
+
+class LoopConfig(Section):
+    """One pass of the DeepSpeed loop."""
+
+    lr: float = Field(..., gt=0)
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(..., ge=1, description="examples or pairs in an optimizer step, over all workers")
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class SFTConfig(LoopConfig):
+    """Supervised fine-tuning on each train speech's best responses."""
+
+    lr: float = Field(1e-5, gt=0)
+    batch_size: int = Field(64, ge=1)
+    epochs: int = Field(2, ge=1)
+    prompt_loss_weight: float = Field(0.0, ge=0, le=1)
+    min_overall: float = Field(4.0, ge=1, le=5, description="only responses rated at least so")
+
+
+class RewardConfig(LoopConfig):
+    """Reward model (paper, section 4.1)."""
+
+    lr: float = Field(9e-6, gt=0)
+    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(2, ge=1)
+    init: str = Field("policy", description="policy: the base policy; or a model of its own")
+    loss: Literal["bradley_terry", "plackett_luce"] = Field(
+        "bradley_terry",
+        description="plackett_luce: a speech's pairs as one ranking (pairs.min_gap 0: of all that differ)",
+    )
+    average: Literal["pairs", "speeches"] = Field(
+        "pairs", description="the loss is the mean over pairs; speeches: each counts one, whatever its number of pairs"
+    )
+    margin_per_gap: float = Field(0.0, ge=0, description="the margin asked for is this times the pair's gap")
+    centring: float = Field(0.0, ge=0, description="weight of (r_c + r_r)^2, which keeps rewards around zero")
+    principle_heads: float = Field(0.0, ge=0, description="weight of learning the seven ratings beside; 0: no heads")
+
+
+class PreferenceConfig(LoopConfig):
+    """What offline and online DPO share (Rafailov et al. 2023; paper, section 4.2)."""
+
+    lr: float = Field(5e-7, gt=0)
+    batch_size: int = Field(64, ge=1)
+    beta: float = Field(0.1, gt=0)
+    loss: Literal["dpo", "plackett_luce", "ipo", "hinge", "robust", "dpo_norm", "simpo", "orpo"] = Field(
+        "dpo", description="plackett_luce: DPO on a speech's pairs as one ranking"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be wrong (dpo, robust)")
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    f_alpha: float = Field(0.5, gt=0, description="of the alpha divergence; 1 is reverse_kl")
+    simpo_gamma: float = Field(0.5, ge=0, description="SimPO's target margin")
+    ld_alpha: float = Field(1.0, ge=0, le=1, description="weight of tokens beyond the length both sides share")
+    nll_weight: float = Field(0.0, ge=0, description="weight of the chosen response's negative log-likelihood")
+
+    @model_validator(mode="after")
+    def _rankings(self) -> PreferenceConfig:
+        pairwise = {"label_smoothing": self.label_smoothing > 0, "ld_alpha": self.ld_alpha < 1}
+        given = [name for name, there in pairwise.items() if there]
+        if self.loss == "plackett_luce" and given:
+            raise ValueError(f"{given[0]} is about pairs and loss plackett_luce about rankings; leave one of them out")
+        return self
+
+
+class DPOConfig(PreferenceConfig):
+    """Offline DPO; `init` is the policy it starts from, which is also its reference."""
+
+    init: Literal["base", "sft"] = "base"
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters instead of all weights; what is saved is merged."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = Field((), description="none: every linear layer")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="nf4: the frozen weights in 4 bit (QLoRA), on a GPU and with the package bitsandbytes"
+    )
+
+
+class TrainingConfig(Section):
+    """Where and how all models are trained: Ray Train workers, DeepSpeed ZeRO, precision."""
+
+    workers: int = Field(8, ge=1)
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(1.0, ge=0)
+    device: Literal["cuda", "cpu"] = "cuda"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = Field(False, description="to the host's memory; needs zero_stage 3")
+    gradient_checkpointing: bool = False
+    bin_tokens: int = Field(16384, ge=32, description="tokens a worker handles at once; at least twice max_length")
+    sequence_parallel: int = Field(
+        1, ge=1, description="workers that share the tokens of each bin (Ulysses), for transcripts too long for one"
+    )
+    checkpoint_every_steps: int | None = Field(100, ge=1, description="an interrupted training goes on from the last")
+    max_failures: int = Field(0, ge=0, description="worker failures (a spot node that goes) after which it goes on")
+    keep: Literal["last", "best"] = Field("last", description="best: lowest loss on the dev pairs (pairs.dev_share)")
+    peak_tflops: float | None = Field(None, gt=0, description="of a worker's device, for the statistic mfu")
+    packing: bool = Field(True, description="encode a prompt once for all its responses; off: a padded row each")
+    lora: LoRAConfig | None = Field(None, description="none: all weights are trained")
+    threads_per_worker: int | None = Field(None, ge=1, description="CPU threads of torch")
+    max_length: int = Field(2048, ge=16, description="tokens of prompt and response")
+    start_timeout_s: float = Field(900, gt=0)
+    collective_timeout_s: float = Field(1800, gt=0)
+    env: dict[str, str] = Field(default_factory=dict)
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    dpo: DPOConfig = DPOConfig()
+
+    @model_validator(mode="after")
+    def _room(self) -> TrainingConfig:
+        if self.bin_tokens < 2 * self.max_length:
+            raise ValueError(
+                f"bin_tokens {self.bin_tokens} is under twice max_length {self.max_length}, so a pair may not fit; "
+                "raise it or lower max_length"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3; set it or switch offload_parameters off")
+        if self.workers % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel} does not divide the {self.workers} workers; change one"
+            )
+        if self.sequence_parallel > 1 and not self.packing:
+            raise ValueError("sequence_parallel needs packing; switch it on or set sequence_parallel to 1")
+        if self.lora and self.lora.quantize and self.device == "cpu":
+            raise ValueError("lora.quantize needs a GPU, and device is cpu; set lora.quantize to null")
+        if self.lora and self.lora.quantize and self.zero_stage == 3:
+            raise ValueError(
+                "lora.quantize does not go with zero_stage 3, which cuts weights that are in 4 bit; set zero_stage to 2"
+            )
+        return self

@@ -1,0 +1,98 @@
+"""Settings of the evaluation, the service, the cluster and the nano world, and all settings together."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from psycho.config.data import GenerationConfig, JudgeConfig, PairsConfig, SpeechesConfig
+from psycho.config.inference import InferenceConfig, SamplingConfig
+from psycho.config.online import OnlineConfig
+from psycho.config.section import Section
+from psycho.config.training import TrainingConfig
+
+
+class EvaluationConfig(Section):
+    """Reward-model audit and win rate against a baseline."""
+
+    baseline: str = Field("", description="the model that stands where GPT-4o stands in the paper")
+    speeches: int = Field(250, ge=2)
+    sampling: SamplingConfig = SamplingConfig()
+    judge: JudgeConfig | None = Field(None, description="none: the label judge, with a warning")
+
+
+class ServingConfig(Section):
+    """The Ray Serve application."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    replicas: int = Field(1, ge=1)
+    max_ongoing_requests: int = Field(64, ge=1)
+    max_queued_requests: int = Field(128, ge=0)
+    max_tokens: int = Field(512, ge=1)
+    request_timeout_s: float = Field(120, gt=0)
+    start_timeout_s: float = Field(600, gt=0)
+    api_key_env: str | None = Field(None, description="environment variable that holds the key clients must send")
+
+
+class ClusterConfig(Section):
+    """How a job finds or starts Ray. `address` none: RAY_ADDRESS, else a Ray of its own."""
+
+    address: str | None = None
+    autoscaling: bool = Field(False, description="nodes come when asked for: what is missing now is no error")
+    local_cpus: int | None = Field(None, ge=1)
+    object_store_gib: float | None = Field(None, gt=0)
+    min_memory_gib: float = Field(0.0, ge=0, description="free memory that a local run needs")
+
+
+class NanoConfig(Section):
+    """The embedded world: seeds of its own, so that all runs share the cached models."""
+
+    seed: int = 0
+    scale: float = Field(1.0, gt=0, description="share of the training steps; below 1 for tests")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = "run"
+    seed: int = 0
+    run_dir: str = "runs/run"
+    policy: str = Field("", description="the base policy that is trained")
+    policy_parameters_b: float | None = Field(None, gt=0)
+    cluster: ClusterConfig = ClusterConfig()
+    speeches: SpeechesConfig = SpeechesConfig()
+    generation: GenerationConfig = GenerationConfig()
+    judge: JudgeConfig = JudgeConfig()
+    pairs: PairsConfig = PairsConfig()
+    inference: InferenceConfig = InferenceConfig()
+    training: TrainingConfig = TrainingConfig()
+    online: OnlineConfig = OnlineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+    nano: NanoConfig = NanoConfig()
+
+    @model_validator(mode="after")
+    def _dev(self) -> Config:
+        if self.online.patience is not None and not self.pairs.dev_share:
+            raise ValueError("online.patience watches a dev score, and pairs.dev_share is 0; set it to 0.1, say")
+        lora = self.training.lora
+        if self.online.reference == "fixed" and (self.training.sequence_parallel > 1 or (lora and lora.quantize)):
+            setting = "lora.quantize" if lora and lora.quantize else "sequence_parallel"
+            raise ValueError(
+                f"online.reference fixed keeps a copy of the first policy, which training.{setting} is not made for; "
+                "set online.reference to each_round"
+            )
+        if self.online.gold_every is not None and not self.pairs.dev_share:
+            raise ValueError("online.gold_every rates answers to dev speeches, and pairs.dev_share is 0; set it to 0.1")
+        if self.online.head_weights and not self.training.reward.principle_heads:
+            raise ValueError(
+                "online.head_weights weighs the reward model's heads, and training.reward.principle_heads is 0, so it "
+                "gets none; set it to 0.1, say"
+            )
+        held_out = self.evaluation.judge
+        if self.online.gold_every and self.online.judged and held_out and held_out.model == self.judge.model:
+            raise ValueError(
+                "online.gold_every asks a judge that is not the scorer, and evaluation.judge is judge.model itself; "
+                "name another model in evaluation.judge"
+            )
+        return self
