@@ -52,15 +52,17 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 def rollout(local_ray: None, tiny_llama: Callable[..., str]) -> Iterator[WorkerPool]:
     """Two engines that hold the first model and take weights by files."""
     cloudpickle.register_pickle_by_value(files)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(pools, "_PoolWorker", files.FilesWorker)
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     engine = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True}
     config = {"workers": 2, "cpus_per_worker": 0.5, "gpus_per_worker": 0, "env": env, "batch_size": 2}
-    with WorkerPool(InferenceConfig.model_validate(config | {"engine": engine | {"extra": files.CONFIG}}), 0) as pool:
+    remote = pools.ray.remote
+    # Not the class itself: pickle looks its base up by name.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools.ray, "remote", lambda _: remote(files.FilesWorker))
+        made = WorkerPool(InferenceConfig.model_validate(config | {"engine": engine | {"extra": files.CONFIG}}), 0)
+    with made as pool:
         pool.use(tiny_llama(0))
         yield pool
-    patch.undo()
 
 
 @pytest.fixture
