@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from psycho import interrupt
 from psycho.config import Config, load_config
 from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, BadInput, StageFailed
 from psycho.progress import Progress
@@ -52,6 +53,7 @@ class Job:
 
     def stage(self, name: str, body: Callable[[str], StageResult]) -> None:
         """Run a stage unless it is done, and say so in a line."""
+        interrupt.check()
         reason = self.run.why_not_done(name)
         done = reason is None
 
@@ -141,7 +143,8 @@ def execute(name: str, recipe: Recipe, options: Options) -> int:
     """Run a recipe and return the exit code."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        _run(name, recipe, options)
+        with interrupt.remembered():
+            _run(name, recipe, options)
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here", highlight=False)
         return EXIT_INTERRUPTED

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from psycho import interrupt
 from psycho.errors import WaitTimedOut
 
 
@@ -35,6 +36,7 @@ def wait_for(work: Callable[[], Any], progress: Callable[[], int], what: str, st
     limit = start_s
     while thread.is_alive():
         thread.join(timeout=1.0)
+        interrupt.check()
         current = progress()
         if current != last:
             last, since, limit = current, time.monotonic(), step_s
