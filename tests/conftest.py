@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,53 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
         yield Bucket(f"{host}:{port}")
     finally:
         server.stop()
+
+
+RunRanks = Callable[[Sequence[Sequence[str]]], None]
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> RunRanks:
+    """Runs Python once for each list of arguments, side by side, as the ranks of a training; all must end well."""
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+
+    def run(commands: Sequence[Sequence[str]]) -> None:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True,
+            )
+            for command in commands
+        ]  # fmt: skip
+        try:
+            for rank in ranks:
+                _, said = rank.communicate(timeout=800)
+                assert rank.returncode == 0, said[-3000:]
+        finally:
+            for rank in ranks:
+                rank.kill()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ranking_rows() -> Callable[[int], list[dict[str, Any]]]:
+    """The pairs of three speeches with k responses each; the last rows say again what the first say."""
+    speeches = ("My partner left and I feel lost.", "I cannot sleep.", "I drink again.")
+    texts = ("That sounds painful. What do you miss?", "You carry a lot.", "You noticed it.", "Cheer up.")
+
+    def rows(k: int) -> list[dict[str, Any]]:
+        found = [
+            {"id": f"{s}/{i}/{j}", "question": s, "chosen": texts[i], "rejected": texts[j], "gap": float(j - i)}
+            for s in speeches
+            for i in range(k)
+            for j in range(i + 1, k)
+        ]
+        return [*found, *found[:2]] if k > 2 else found
+
+    return rows

@@ -18,6 +18,8 @@ from psycho.training.modules import use_packing
 from psycho.training.objectives import Preference, Reward
 from psycho.training.packing import packed
 
+Rows = Callable[[int], list[dict[str, Any]]]
+
 LEVELS = ((4, 3, 2, 1), (3, 3, 2, 1, 1), (2, 1), (5, 4, 4))  # overall ratings of each speech's responses, with ties
 BETA = 0.3
 
@@ -109,27 +111,12 @@ def test_a_list_of_two_is_a_pair() -> None:
     torch.testing.assert_close(own, other, rtol=1e-15, atol=1e-15)
 
 
-TEXTS = ("That sounds painful. What do you miss?", "You carry a lot.", "You noticed it.", "Cheer up.")
-
-
-def _rows(k: int) -> list[dict[str, Any]]:
-    """The pairs of three speeches with k responses each; the last rows say again what the first say."""
-    speeches = ("My partner left and I feel lost.", "I cannot sleep.", "I drink again.")
-    pairs = [(i, j) for i in range(k) for j in range(i + 1, k)]
-    rows = [
-        {"id": f"{s}/{i}/{j}", "question": s, "chosen": TEXTS[i], "rejected": TEXTS[j], "gap": float(j - i)}
-        for s in speeches
-        for i, j in pairs
-    ]
-    return [*rows, *rows[:2]] if k > 2 else rows
-
-
-def test_each_speech_counts_one(tiny_llama: Callable[..., str], nano_tokenizer: Any) -> None:
+def test_each_speech_counts_one(tiny_llama: Callable[..., str], nano_tokenizer: Any, ranking_rows: Rows) -> None:
     """Ouyang et al. 2022: all pairs of a speech, averaged; whatever the number, and however it is cut into bins."""
     model = AutoModelForSequenceClassification.from_pretrained(tiny_llama(0, True)).eval()
     model.config.pad_token_id = 0
     objective = Reward(RewardConfig(average="speeches"), nano_tokenizer)
-    rows = [*_rows(4), {"question": "Again?", "chosen": TEXTS[0], "rejected": TEXTS[3]}]
+    rows = [*ranking_rows(4), {"question": "Again?", "chosen": "You carry a lot.", "rejected": "Cheer up."}]
     groups, _ = objective.groups(rows, 1000)
     with torch.no_grad():
         scores = _alone(model, "reward", groups)

@@ -7,10 +7,7 @@ window, bins whose length they do not divide, and ranks that are left without a 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
+RunRanks = Callable[[Sequence[Sequence[str]]], None]
 RANK = """
 import json, os, sys
 import torch.distributed as dist
@@ -91,30 +89,11 @@ def mistral(nano_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> st
     return str(folder)
 
 
-def _run(world: int, share: int, folder: Path, trainings: list[Any]) -> None:
+def _run(run_ranks: RunRanks, world: int, share: int, folder: Path, trainings: list[Any]) -> None:
     """Train one after the other on `world` ranks, of which `share` share each bin, into `folder/<number>`."""
     folder.mkdir()
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    arguments = [str(folder), str(share), json.dumps(trainings)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(world), *arguments],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        for process in ranks:
-            _, said = process.communicate(timeout=600)
-            assert process.returncode == 0, said[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
+    arguments = [str(world), str(folder), str(share), json.dumps(trainings)]
+    run_ranks([["-c", RANK, str(rank), *arguments] for rank in range(world)])
 
 
 def _assert_same(ours: Path, theirs: Path) -> None:
@@ -134,21 +113,23 @@ def _assert_same(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(weights[name], expected[name], atol=5e-5, rtol=1e-5, msg=lambda m, n=name: n + m)
 
 
-def test_two_ranks_share_the_tokens(mistral: str, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+def test_two_ranks_share_the_tokens(
+    mistral: str, tiny_llama: Callable[..., str], tmp_path: Path, run_ranks: RunRanks
+) -> None:
     trainings = [
         ["dpo", mistral, {}],
         ["dpo", tiny_llama(0), {"zero_stage": 3, "gradient_checkpointing": True}],
         ["reward", tiny_llama(0), {}],
         ["sft", mistral, {"zero_stage": 0}],
     ]
-    _run(1, 1, tmp_path / "one", trainings)
-    _run(2, 2, tmp_path / "two", trainings)
+    _run(run_ranks, 1, 1, tmp_path / "one", trainings)
+    _run(run_ranks, 2, 2, tmp_path / "two", trainings)
     for number in range(len(trainings)):
         _assert_same(tmp_path / "two" / str(number), tmp_path / "one" / str(number))
 
 
 @pytest.mark.slow
-def test_two_pairs_of_ranks(mistral: str, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+def test_two_pairs_of_ranks(mistral: str, tiny_llama: Callable[..., str], tmp_path: Path, run_ranks: RunRanks) -> None:
     """Bins are dealt to pairs of ranks; and four ranks that share, where not all have a token to say something of."""
     trainings = [
         ["dpo", mistral, {}],
@@ -156,17 +137,19 @@ def test_two_pairs_of_ranks(mistral: str, tiny_llama: Callable[..., str], tmp_pa
         ["reward", mistral, {}],
         ["sft", mistral, {}],
     ]
-    _run(1, 1, tmp_path / "one", trainings)
+    _run(run_ranks, 1, 1, tmp_path / "one", trainings)
     for world, share in ((4, 2), (4, 4)):
-        _run(world, share, tmp_path / f"{world}-{share}", trainings)
+        _run(run_ranks, world, share, tmp_path / f"{world}-{share}", trainings)
         for number in range(len(trainings)):
             _assert_same(tmp_path / f"{world}-{share}" / str(number), tmp_path / "one" / str(number))
 
 
 @pytest.mark.slow
-def test_ranks_with_unequal_bins_do_not_wait_for_ever(tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+def test_ranks_with_unequal_bins_do_not_wait_for_ever(
+    tiny_llama: Callable[..., str], tmp_path: Path, run_ranks: RunRanks
+) -> None:
     """ZeRO-3 with the head in many calls, as a large vocabulary has it: each call is a collective."""
     trainings = [["dpo", tiny_llama(0), {"zero_stage": 3}]]
-    _run(1, 1, tmp_path / "one", trainings)
-    _run(2, 1, tmp_path / "two", trainings)
+    _run(run_ranks, 1, 1, tmp_path / "one", trainings)
+    _run(run_ranks, 2, 1, tmp_path / "two", trainings)
     _assert_same(tmp_path / "two" / "0", tmp_path / "one" / "0")

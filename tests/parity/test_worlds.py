@@ -7,10 +7,7 @@ nothing in a micro-step.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 STAGES = (0, 1, 2, 3)
+RunRanks = Callable[[Sequence[Sequence[str]]], None]
 RANK = """
 import json, os, sys
 import torch.distributed as dist
@@ -62,29 +60,18 @@ dist.destroy_process_group()
 
 
 def _run(
-    world: int, folder: Path, model: str, stages: tuple[int, ...], checkpoints: Path | str = "", stop: int = -1
+    run_ranks: RunRanks,
+    world: int,
+    folder: Path,
+    model: str,
+    stages: tuple[int, ...],
+    checkpoints: Path | str = "",
+    stop: int = -1,
 ) -> None:
     """Train on `world` ranks, at one stage after the other, into `folder/<stage>`; all end at once in step `stop`."""
     folder.mkdir()
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable, "-c", RANK, str(rank), str(world), str(folder), model, ",".join(map(str, stages)),
-                str(checkpoints), str(stop),
-            ],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    for process in ranks:
-        _, said = process.communicate(timeout=900)
-        assert process.returncode == 0, said[-2000:]
+    arguments = [str(world), str(folder), model, ",".join(map(str, stages)), str(checkpoints), str(stop)]
+    run_ranks([["-c", RANK, str(rank), *arguments] for rank in range(world)])
 
 
 def _history(folder: Path) -> list[dict[str, float]]:
@@ -108,44 +95,44 @@ def _moved(folder: Path, model: str) -> float:
     return float(torch.stack([(after[n] - before[n]).abs().max() for n in after]).max())
 
 
-def test_two_ranks_are_one_at_zero_1_and_3(tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+def test_two_ranks_are_one_at_zero_1_and_3(tiny_llama: Callable[..., str], tmp_path: Path, run_ranks: RunRanks) -> None:
     model = tiny_llama(0)
     for world in (1, 2):
-        _run(world, tmp_path / str(world), model, (1, 3))
+        _run(run_ranks, world, tmp_path / str(world), model, (1, 3))
     assert _moved(tmp_path / "1" / "1", model) > 1e-4
     for name in ("1/3", "2/1", "2/3"):
         _assert_same(tmp_path / name, tmp_path / "1" / "1")
 
 
-def test_another_number_of_ranks_goes_on(tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+def test_another_number_of_ranks_goes_on(tiny_llama: Callable[..., str], tmp_path: Path, run_ranks: RunRanks) -> None:
     """Two ranks at ZeRO 2 are ended in the fourth step; one goes on from their checkpoint, at ZeRO 3."""
-    _resumes(tiny_llama(0), tmp_path, (2, 2), (1, 3))
+    _resumes(run_ranks, tiny_llama(0), tmp_path, (2, 2), (1, 3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [((1, 3), (2, 3)), ((2, 3), (4, 1)), ((4, 2), (2, 0)), ((2, 0), (1, 2))])
 def test_any_number_of_ranks_goes_on(
-    before: tuple[int, int], after: tuple[int, int], tiny_llama: Callable[..., str], tmp_path: Path
+    before: tuple[int, int], after: tuple[int, int], tiny_llama: Callable[..., str], tmp_path: Path, run_ranks: RunRanks
 ) -> None:
-    _resumes(tiny_llama(0), tmp_path, before, after)
+    _resumes(run_ranks, tiny_llama(0), tmp_path, before, after)
 
 
-def _resumes(model: str, root: Path, before: tuple[int, int], after: tuple[int, int]) -> None:
+def _resumes(run_ranks: RunRanks, model: str, root: Path, before: tuple[int, int], after: tuple[int, int]) -> None:
     """(ranks, ZeRO stage) of the interrupted training and of the one that goes on from it."""
     checkpoints = root / "checkpoints"
-    _run(1, root / "through", model, (0,))
-    _run(before[0], root / "before", model, (before[1],), checkpoints, stop=3)
+    _run(run_ranks, 1, root / "through", model, (0,))
+    _run(run_ranks, before[0], root / "before", model, (before[1],), checkpoints, stop=3)
     assert len(list(checkpoints.glob(f"step-2/shard-*-of-{before[0]}.pt"))) == before[0]
-    _run(after[0], root / "after", model, (after[1],), checkpoints)
+    _run(run_ranks, after[0], root / "after", model, (after[1],), checkpoints)
     assert (checkpoints / "step-4").is_dir()
     assert not list(checkpoints.glob(f"step-2/*-of-{after[0]}.pt"))  # it did not begin anew
     _assert_same(root / "after" / str(after[1]), root / "through" / "0")
 
 
 @pytest.mark.slow
-def test_worlds_and_stages_are_one(tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+def test_worlds_and_stages_are_one(tiny_llama: Callable[..., str], tmp_path: Path, run_ranks: RunRanks) -> None:
     for world in (1, 2, 4):
-        _run(world, tmp_path / str(world), tiny_llama(0), STAGES)
+        _run(run_ranks, world, tmp_path / str(world), tiny_llama(0), STAGES)
     for world in (1, 2, 4):
         for stage in STAGES:
             _assert_same(tmp_path / str(world) / str(stage), tmp_path / "1" / "0")

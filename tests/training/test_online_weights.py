@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +70,14 @@ def test_weights_of_another_form_are_refused(tiny_llama: Callable[..., str]) -> 
 
 
 @pytest.fixture(scope="module")
-def sharded(tiny_llama: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(
+    tiny_llama: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    run_ranks: Callable[[Sequence[Sequence[str]]], None],
+) -> Path:
     """What two ranks under ZeRO-3 streamed and saved (`online_ranks.py`)."""
     folder, script = tmp_path_factory.mktemp("sharded"), str(Path(__file__).with_name("online_ranks.py"))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), "2", str(folder / "store"), tiny_llama(0), str(folder)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            _, error = rank.communicate(timeout=300)
-            assert rank.returncode == 0, error[-3000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks([[script, str(rank), "2", str(folder / "store"), tiny_llama(0), str(folder)] for rank in range(2)])
     return folder
 
 

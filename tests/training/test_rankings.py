@@ -11,23 +11,12 @@ from psycho.config import DPOConfig, LoopConfig, RewardConfig, TrainingConfig, b
 from psycho.errors import BadInput
 from psycho.training.loop import Trainer
 
+Rows = Callable[[int], list[dict[str, Any]]]
+
 TRAINING = TrainingConfig(
     workers=1, gpus_per_worker=0, device="cpu", precision="fp32", zero_stage=0, threads_per_worker=1, max_length=64,
     bin_tokens=400,
 )  # fmt: skip
-TEXTS = ("That sounds painful. What do you miss?", "You carry a lot.", "You noticed it.", "Cheer up.")
-
-
-def _rows(k: int) -> list[dict[str, Any]]:
-    """The pairs of three speeches with k responses each; the last rows say again what the first say."""
-    speeches = ("My partner left and I feel lost.", "I cannot sleep.", "I drink again.")
-    pairs = [(i, j) for i in range(k) for j in range(i + 1, k)]
-    rows = [
-        {"id": f"{s}/{i}/{j}", "question": s, "chosen": TEXTS[i], "rejected": TEXTS[j], "gap": float(j - i)}
-        for s in speeches
-        for i, j in pairs
-    ]
-    return [*rows, *rows[:2]] if k > 2 else rows
 
 
 def _history(kind: str, model: str, settings: LoopConfig, rows: list[dict[str, Any]], **changes: Any) -> list[Any]:
@@ -41,7 +30,9 @@ def _history(kind: str, model: str, settings: LoopConfig, rows: list[dict[str, A
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
-def test_pairs_alone_train_as_bradley_terry(kind: str, one_rank: None, tiny_llama: Callable[..., str]) -> None:
+def test_pairs_alone_train_as_bradley_terry(
+    kind: str, one_rank: None, tiny_llama: Callable[..., str], ranking_rows: Rows
+) -> None:
     plain: dict[str, Any] = {"lr": 5e-4, "batch_size": 3, "epochs": 3}
     one: LoopConfig
     other: LoopConfig
@@ -51,20 +42,22 @@ def test_pairs_alone_train_as_bradley_terry(kind: str, one_rank: None, tiny_llam
     else:
         plain |= {"nll_weight": 0.1}
         one, other = DPOConfig(**plain), DPOConfig(**plain, loss="plackett_luce")
-    expected = _history(kind, tiny_llama(0), one, _rows(2))
-    found = _history(kind, tiny_llama(0), other, _rows(2))
+    expected = _history(kind, tiny_llama(0), one, ranking_rows(2))
+    found = _history(kind, tiny_llama(0), other, ranking_rows(2))
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
-def test_a_ranking_cut_into_bins_is_the_same_step(kind: str, one_rank: None, tiny_llama: Callable[..., str]) -> None:
+def test_a_ranking_cut_into_bins_is_the_same_step(
+    kind: str, one_rank: None, tiny_llama: Callable[..., str], ranking_rows: Rows
+) -> None:
     """One division by all choices of the step, and pairs that came twice count once."""
     made = RewardConfig if kind == "reward" else DPOConfig
     settings = made(lr=5e-4, batch_size=100, epochs=3, loss="plackett_luce")
-    expected = _history(kind, tiny_llama(0), settings, _rows(4))
-    found = _history(kind, tiny_llama(0), settings, _rows(4), bin_tokens=100)
-    once = _history(kind, tiny_llama(0), settings, _rows(4)[:-2])
+    expected = _history(kind, tiny_llama(0), settings, ranking_rows(4))
+    found = _history(kind, tiny_llama(0), settings, ranking_rows(4), bin_tokens=100)
+    once = _history(kind, tiny_llama(0), settings, ranking_rows(4)[:-2])
     for mine, single, theirs in zip(found, once, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
         assert single == pytest.approx(theirs, rel=1e-6, abs=1e-6)
