@@ -1,7 +1,8 @@
 """A part of online DPO is killed at a random moment: no sample is lost or trained twice, and the totals are the same.
 
-A vLLM worker that dies is started again within the run; after the training or the driver died, the same command goes on
-from the last half of a round that is on disk.
+A vLLM worker that dies is started again within the run; the training too, and all that a lost node held, where
+`training.max_failures` lets it. After the driver died, or the training without that, the same command goes on from the
+last half of a round that is on disk.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROUNDS, SAMPLES = 4, 48
 HALVES = [f"{kind}-{number + (kind == 'trained')}" for number in range(ROUNDS) for kind in ("sampled", "trained")]
-Command = Callable[[Path], list[str]]
+Command = Callable[[Path, str], list[str]]
+WITHIN = ["rollout", "reward", "training within the run", "node"]
 
 
 @pytest.fixture(scope="module")
 def command(tiny_llama: Callable[..., str]) -> Command:
     driver = str(Path(__file__).with_name("online_driver.py"))
-    return lambda root: [sys.executable, driver, str(root), tiny_llama(0), tiny_llama(1, reward=True)]
+    return lambda root, what: [sys.executable, driver, str(root), tiny_llama(0), tiny_llama(1, reward=True), what]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -38,15 +40,26 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=file, stderr=file, env=env)
 
 
+def end(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code; nothing of it is left running where it takes too long."""
+    try:
+        return process.wait(400)
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        raise
+
+
 def finish(command: list[str], log: Path) -> None:
-    assert start(command, log).wait(400) == 0, log.read_text()[-3000:]
+    assert end(start(command, log)) == 0, log.read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
 def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody disturbs."""
     root = tmp_path_factory.mktemp("whole")
-    finish(command(root), root / "log.txt")
+    finish(command(root, "nothing"), root / "log.txt")
     return root
 
 
@@ -77,10 +90,11 @@ def check(root: Path, whole: Path) -> None:
 
 
 def kill(process: subprocess.Popen[bytes], root: Path, what: str) -> None:
+    """Of a node its raylet, with which all that runs there ends."""
     if what == "driver":
         process.kill()
         return
-    if what == "training":
+    if what.startswith("training"):
         ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "ray::RayTrainWo"]
         ranks[-1].kill()
         return
@@ -89,24 +103,24 @@ def kill(process: subprocess.Popen[bytes], root: Path, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("what", ["rollout", "reward", "training", "driver"])
+@pytest.mark.parametrize("what", [*WITHIN, "training", "driver"])
 def test_a_part_is_killed_at_a_random_moment(
     command: Command, whole: Path, tmp_path: Path, what: str, seed: int
 ) -> None:
     chance = random.Random(f"{what} {seed}")
     half, delay, log = chance.choice(HALVES[:-2]), chance.random(), tmp_path / "log.txt"
-    process = start(command(tmp_path), log)
+    process = start(command(tmp_path, what), log)
     for _ in range(3000):
         if process.poll() is not None or (tmp_path / "rounds" / half).exists():
             break
         time.sleep(0.05)
     time.sleep(delay)  # somewhere in the half after it
     assert process.poll() is None, log.read_text()[-3000:]
-    kill(process, tmp_path, what)
-    code = process.wait(400)
-    if what in ("rollout", "reward"):
+    kill(process, tmp_path, f"node {chance.randrange(2)}" if what == "node" else what)
+    code = end(process)
+    if what in WITHIN:
         assert code == 0, log.read_text()[-3000:]
     else:
         assert code != 0
-        finish(command(tmp_path), log)
+        finish(command(tmp_path, what), log)
     check(tmp_path, whole)
