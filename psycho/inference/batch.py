@@ -21,12 +21,12 @@ from psycho import storage
 from psycho.cluster import AUTOSCALING
 from psycho.config import EngineConfig, InferenceConfig
 from psycho.errors import BadInput, StageFailed
-from psycho.inference.loop import EngineFailed
+from psycho.inference.loop import EngineFailed, leave_if_dead
 from psycho.schema import stable_id
 from psycho.waiting import wait_for
 
 _BATCHES_A_WORKER = 8  # at least, so that workers end together
-_LEAST_ROWS, _MOST_AT_ONCE = 16, 16
+_LEAST_ROWS, MOST_AT_ONCE = 16, 16
 _TIMES_ITS_SLOTS = 4
 _UNWRITTEN = 0.02  # most of the answers that may be finished and not yet on disk
 RESTARTS = 16  # of one worker; one that dies more often has a reason that a restart does not remove
@@ -124,8 +124,7 @@ class Durable:
         try:
             self._answer(wanted, place)
         except EngineFailed as error:
-            if type(error.__cause__).__name__ == "EngineDeadError":
-                os._exit(1)  # the engine's own process is gone; Ray gives the batch to a fresh actor
+            leave_if_dead(error)
             raise
         return pa.table({"rows": [batch.num_rows]})
 
@@ -227,7 +226,7 @@ def layout(requests: int, config: InferenceConfig, at_once: int) -> tuple[int, i
     if at_once <= 1:
         return workers, min(config.batch_size, -(-requests // workers)), 1
     size = min(config.batch_size, max(_LEAST_ROWS, -(-requests // (workers * _BATCHES_A_WORKER))))
-    return workers, size, max(1, min(_MOST_AT_ONCE, -(-at_once // size)))
+    return workers, size, max(1, min(MOST_AT_ONCE, -(-at_once // size)))
 
 
 def split_errors(tables: Sequence[pa.Table]) -> tuple[pa.Table, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ for another model waits until the engine is empty, then the weights change.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections import deque
@@ -35,6 +36,12 @@ class _Work:
 
 class EngineFailed(Exception):
     """The engine raised while it worked; nothing it holds will be answered. Restart the process."""
+
+
+def leave_if_dead(error: EngineFailed) -> None:
+    """End this process where the engine's own is gone: Ray gives what was asked of it to a fresh one."""
+    if type(error.__cause__).__name__ == "EngineDeadError":
+        os._exit(1)
 
 
 class EngineLoop:

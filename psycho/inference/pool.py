@@ -1,21 +1,26 @@
 """A few vLLM workers kept alive across rounds: the online loop and the evaluation work through them.
 
 Batch jobs go through Ray Data (`batch.py`); here the same engines sample, rate and score in turn, taking new weights
-each time, and starting an engine anew would cost more than the work. A worker that dies is started again and asked
-again: every call names its model, so it comes back with the right weights.
+each time, and starting an engine anew would cost more than the work. A worker has several chunks of the work at once,
+so that its engine is full until the last is under way. One that dies is started again and asked again: every call names
+its model, so it comes back with the right weights.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 
 from psycho.config import InferenceConfig, JudgeConfig, SamplingConfig
 from psycho.errors import StageFailed, WaitTimedOut
-from psycho.inference.batch import RESTARTS, check_room
+from psycho.inference.batch import MOST_AT_ONCE, RESTARTS, check_room, enough, layout
+from psycho.inference.calls import Calls
+from psycho.inference.loop import EngineFailed, leave_if_dead
 from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
 from psycho.judging.judge import Item, PairItem, rate_pairs, rate_single
 from psycho.judging.rubric import Rating
@@ -26,48 +31,72 @@ Counted = tuple[list[T], int]
 """Answers, and the output tokens that they took, tries that failed included."""
 
 
+def _call(work: Callable[..., list[T]]) -> Callable[..., Counted[T]]:
+    """A call of a worker, its model first; several run at once, each in a thread, and each counts its own tokens."""
+
+    @functools.wraps(work)
+    def counted(self: _PoolWorker, model: str, *arguments: Any) -> Counted[T]:
+        self._own.model, self._own.tokens = model, 0
+        if self.model != model:  # else an engine in the middle of its work would have to come to its end first
+            self.use(model, "pooling" if work.__name__ == "classify" else "generate")
+        try:
+            return work(self, *arguments), self._own.tokens
+        except EngineFailed as error:
+            leave_if_dead(error)
+            raise
+
+    del counted.__wrapped__  # Ray would check the arguments against that one's
+    return counted
+
+
 class _PoolWorker(VLLMWorker):
-    """The worker as an actor: one call per kind of work, model included."""
+    """The worker as an actor: one call per kind of work, model included. Those at work at once name the same model."""
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
-        self._tokens = 0
+        self._own = threading.local()
+
+    def _asked(self) -> str:
+        return str(self._own.model)
 
     def generate(self, *arguments: Any, **named: Any) -> list[Completion]:
         completions = super().generate(*arguments, **named)
-        self._tokens += sum(completion.output_tokens for completion in completions)
+        self._own.tokens += sum(completion.output_tokens for completion in completions)
         return completions
 
-    def _counted(self, answers: list[T]) -> Counted[T]:
-        tokens, self._tokens = self._tokens, 0
-        return answers, tokens
+    @_call
+    def sample(self, conversations: list[Messages], seeds: list[int], sampling: SamplingConfig) -> list[Completion]:
+        return self.generate(conversations, seeds, sampling)
 
-    def sample(
-        self, model: str, conversations: list[Messages], seeds: list[int], sampling: SamplingConfig
-    ) -> Counted[Completion]:
-        self.use(model)
-        return self._counted(self.generate(conversations, seeds, sampling))
-
-    def rate(
-        self, model: str, judge: JudgeConfig, items: list[Item], seeds: list[int]
-    ) -> Counted[tuple[Rating | None, int]]:
-        self.use(model)
+    @_call
+    def rate(self, judge: JudgeConfig, items: list[Item], seeds: list[int]) -> list[tuple[Rating | None, int]]:
         found = rate_single(self, judge, items, seeds)
-        return self._counted([(rating, done.prompt_tokens + done.output_tokens) for rating, _, _, done in found])
+        return [(rating, done.prompt_tokens + done.output_tokens) for rating, _, _, done in found]
 
+    @_call
     def compare(
-        self, model: str, judge: JudgeConfig, items: list[PairItem], seeds: list[int]
-    ) -> Counted[tuple[Rating, Rating] | None]:
-        self.use(model)
-        return self._counted(rate_pairs(self, judge, items, seeds))
+        self, judge: JudgeConfig, items: list[PairItem], seeds: list[int]
+    ) -> list[tuple[Rating, Rating] | None]:
+        return rate_pairs(self, judge, items, seeds)
 
-    def classify(self, model: str, conversations: list[Messages]) -> Counted[list[float] | None]:
-        self.use(model, runner="pooling")
-        return self._counted(self.labels(conversations))
+    @_call
+    def classify(self, conversations: list[Messages]) -> list[list[float] | None]:
+        return self.labels(conversations)
 
-    def read(self, model: str, rows: list[list[int]]) -> Counted[list[float] | None]:
-        self.use(model)
-        return self._counted(self.logprobs(rows))
+    @_call
+    def read(self, rows: list[list[int]]) -> list[list[float] | None]:
+        return self.logprobs(rows)
+
+
+def _send(send: Callable[[Any, int, int], Any], start: int, stop: int, actor: Any) -> Any:
+    return send(actor, start, stop)
+
+
+class Begun(NamedTuple):
+    """Work that goes on while more of it is added: `add(place, ...)`, then `finish()` for the answers by place."""
+
+    add: Callable[..., None]
+    finish: Callable[[], dict[int, list[Any]]]
 
 
 class WorkerPool:
@@ -90,9 +119,10 @@ class WorkerPool:
             runtime_env={"env_vars": dict(config.env)} if config.env else None,
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
+            max_concurrency=MOST_AT_ONCE,
         )
         self.output_tokens = 0
-        self._config = config
+        self._config, self._at_once = config, enough(engine)
         self._actors: list[Any] = [actor.remote(spec) for _ in range(config.workers)]
 
     def __enter__(self) -> WorkerPool:
@@ -126,13 +156,19 @@ class WorkerPool:
         seeds: Sequence[int],
         sampling: SamplingConfig,
         reporter: Reporter | None = None,
+        also: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """One completion per conversation, in order."""
+        """One completion per conversation, in order.
+
+        Args:
+            also: told the place of the first and the completions of each chunk as soon as they are there.
+        """
         return self._map(
             "sampling",
             len(conversations),
             lambda actor, a, b: actor.sample.remote(model, list(conversations[a:b]), list(seeds[a:b]), sampling),
             reporter,
+            also,
         )
 
     def rate(
@@ -195,6 +231,24 @@ class WorkerPool:
             reporter,
         )
 
+    def rating(self, model: str, judge: JudgeConfig, reporter: Reporter | None = None) -> Begun:
+        """As `rate`, for (items, seeds) that come a few at a time."""
+        calls = self._calls("rating", MOST_AT_ONCE, reporter)
+
+        def begin(start: int, items: list[Item], seeds: list[int]) -> None:
+            calls.add(start, lambda actor: actor.rate.remote(model, judge, items, seeds))
+
+        return Begun(begin, calls.finish)
+
+    def classifying(self, model: str, reporter: Reporter | None = None) -> Begun:
+        """As `classify`, for conversations that come a few at a time."""
+        calls = self._calls("scoring", MOST_AT_ONCE, reporter)
+
+        def begin(start: int, conversations: list[Messages]) -> None:
+            calls.add(start, lambda actor: actor.classify.remote(model, conversations))
+
+        return Begun(begin, calls.finish)
+
     def __len__(self) -> int:
         return len(self._actors)
 
@@ -234,31 +288,35 @@ class WorkerPool:
         except ray.exceptions.RayActorError as error:
             raise StageFailed(f"a vLLM worker died while {what}; give the same command again") from error
 
-    def _map(self, what: str, count: int, send: Callable[[Any, int, int], Any], reporter: Reporter | None) -> list[Any]:
-        """Hand chunks to whichever worker is free and put the answers in order."""
-        size = max(1, min(self._config.batch_size, -(-count // len(self._actors))))
-        chunks = [(start, min(start + size, count)) for start in range(0, count, size)]
-        answers: dict[int, list[Any]] = {}
-        running: dict[Any, tuple[Any, int]] = {}
-        free = list(self._actors)
+    def _map(
+        self,
+        what: str,
+        count: int,
+        send: Callable[[Any, int, int], Any],
+        reporter: Reporter | None,
+        also: Callable[[int, list[Any]], None] | None = None,
+    ) -> list[Any]:
+        """Answers of all workers together, in order."""
+        _, size, at_once = layout(count, self._config, self._at_once)
+        calls = self._calls(what, at_once, reporter, also)
+        for start in range(0, count, size):
+            calls.add(start, functools.partial(_send, send, start, min(start + size, count)))
+        return [item for answers in calls.finish().values() for item in answers]
+
+    def _calls(
+        self,
+        what: str,
+        at_once: int,
+        reporter: Reporter | None,
+        also: Callable[[int, list[Any]], None] | None = None,
+    ) -> Calls:
+        def done(start: int, answers: list[Any], tokens: int) -> None:
+            self.output_tokens += tokens
+            if reporter:
+                reporter.add(len(answers), tokens)
+            if also:
+                also(start, answers)
+
         # The first call also starts an engine, which is what takes longest.
         limit = self._config.start_timeout_s + self._config.batch_timeout_s
-        while chunks or running:
-            while chunks and free:
-                actor = free.pop()
-                start, stop = chunks.pop(0)
-                running[send(actor, start, stop)] = (actor, start)
-            ready, _ = ray.wait(list(running), timeout=limit)
-            if not ready:
-                raise WaitTimedOut(f"a vLLM worker that is {what}", limit)
-            for reference in ready:
-                actor, start = running.pop(reference)
-                try:
-                    answers[start], tokens = ray.get(reference)
-                except ray.exceptions.RayActorError as error:
-                    raise StageFailed(f"a vLLM worker died while {what}; give the same command again") from error
-                free.append(actor)
-                self.output_tokens += tokens
-                if reporter:
-                    reporter.add(len(answers[start]), tokens)
-        return [item for start in sorted(answers) for item in answers[start]]
+        return Calls(self._actors, what, limit, at_once, done)

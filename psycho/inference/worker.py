@@ -122,8 +122,12 @@ class VLLMWorker:
         Returns:
             A completion per conversation, in order; never raises for a single bad request.
         """
-        done = dict(self.stream(self.model, conversations, seeds, sampling, schema, spans, digits=digits))
+        done = dict(self.stream(self._asked(), conversations, seeds, sampling, schema, spans, digits=digits))
         return [done[index] for index in range(len(conversations))]
+
+    def _asked(self) -> str:
+        """The model that answers where a call names none."""
+        return self.model
 
     def stream(
         self,
@@ -239,19 +243,27 @@ class VLLMWorker:
 
     def labels(self, conversations: Sequence[Messages]) -> list[list[float] | None]:
         """As `score`, all labels of a classifier that has several."""
+        from vllm import PoolingParams
+
         limit = self._llm.model_config.max_model_len
         with self._tokenizing:
             rendered = [conversation(self._tokenizer, messages) for messages in conversations]
             ids = [self._tokenizer(text, add_special_tokens=False).input_ids for text in rendered]
         places = [index for index, row in enumerate(ids) if len(row) <= limit]
-        prompts = [{"prompt_token_ids": ids[index]} for index in places]
+        prompts = [self._prompt(ids[index]) for index in places]
+        # A bare logit: the default activation would squash rewards through a sigmoid.
+        params = [PoolingParams(task="classify", use_activation=False) for _ in places]
         scores: list[list[float] | None] = [None] * len(ids)
-        if not prompts:
-            return scores
-        outputs = self._loop.run(lambda: self._llm.encode(prompts, pooling_task="classify", use_tqdm=False))
-        for index, output in zip(places, outputs, strict=True):
-            scores[index] = output.outputs.data.flatten().tolist()
+        for turn, output in self._answers(prompts, params):
+            scores[places[turn]] = output.outputs.data.flatten().tolist()
         return scores
+
+    def _answers(self, prompts: Sequence[Any], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """(place, vLLM's output) of each prompt; what the engine refuses raises."""
+        for place, output in self._loop.answers(self._asked(), prompts, params):
+            if isinstance(output, Exception):
+                raise output
+            yield place, output
 
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[float] | None]:
         """Log-probability of each token of each row (token ids) after its first, by the model in use.
@@ -267,9 +279,7 @@ class VLLMWorker:
         prompts = [self._prompt(list(rows[place])) for place in places]
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
         found: list[list[float] | None] = [None] * len(rows)
-        for turn, output in self._loop.answers(self.model, prompts, [params] * len(prompts)):
-            if isinstance(output, Exception):
-                raise output
+        for turn, output in self._answers(prompts, [params] * len(prompts)):
             asked = rows[places[turn]][1:]
             entries = output.prompt_logprobs[1:]
             found[places[turn]] = [entry[token].logprob for entry, token in zip(entries, asked, strict=True)]
@@ -376,7 +386,7 @@ def engine_arguments(engine: EngineConfig, runner: str, seed: int) -> dict[str, 
     if runner == "pooling":
         from vllm.config import PoolerConfig
 
-        # A bare logit: the default activation would squash rewards through a sigmoid.
+        # As in `labels`: what is asked for here must be what the requests ask for.
         arguments |= {"runner": "pooling", "pooler_config": PoolerConfig(use_activation=False)}
     else:
         arguments["enable_prefix_caching"] = engine.enable_prefix_caching

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from psycho.config import InferenceConfig, JudgeConfig, SamplingConfig
+from psycho.errors import WaitTimedOut
 from psycho.inference import pool as pooling
+from psycho.inference.calls import Calls
+from psycho.inference.loop import EngineFailed
 from psycho.inference.pool import WorkerPool, _PoolWorker
 from psycho.inference.worker import Completion, VLLMWorker
 from psycho.judging.rubric import answer, dump
@@ -31,7 +38,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> _PoolWorker:
             seen.add(messages)
         return found
 
-    monkeypatch.setattr(VLLMWorker, "__init__", lambda self, spec: None)
+    monkeypatch.setattr(VLLMWorker, "__init__", lambda self, spec: setattr(self, "model", ""))
     monkeypatch.setattr(VLLMWorker, "use", lambda self, model, runner="generate": None)
     monkeypatch.setattr(VLLMWorker, "generate", generate)
     return _PoolWorker(None)  # type: ignore[arg-type]
@@ -43,6 +50,97 @@ def test_the_tokens_of_all_that_was_asked_are_counted_once(worker: _PoolWorker) 
     assert worker.rate("m", JUDGE, [("s", "third")], [1])[1] == 7 + 11
     talks = [[{"role": "user", "content": text}] for text in ("a", "b")]
     assert worker.sample("m", talks, [1, 2], SamplingConfig())[1] == 2 * 7
+
+
+def test_calls_at_once_count_each_its_own_tokens(worker: _PoolWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an engine that holds the model is not stopped to take it again."""
+    taken: list[str] = []
+    whole, both = VLLMWorker.generate, threading.Barrier(2)
+
+    def together(self: Any, conversations: Sequence[Any], *arguments: Any, **named: Any) -> list[Completion]:
+        both.wait(30)
+        return whole(self, conversations, *arguments, **named)
+
+    def use(self: Any, model: str, runner: str = "generate") -> None:
+        taken.append(runner)
+        self.model = model
+
+    monkeypatch.setattr(VLLMWorker, "generate", together)
+    monkeypatch.setattr(VLLMWorker, "use", use)
+    monkeypatch.setattr(VLLMWorker, "labels", lambda self, talks: [[1.0] for _ in talks])
+    worker.use("m")
+    talks = [[{"role": "user", "content": text}] for text in "abc"]
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(worker.sample, "m", talks[:1], [1], SamplingConfig())
+        two = threads.submit(worker.sample, "m", talks[1:], [2, 3], SamplingConfig())
+        assert (one.result()[1], two.result()[1]) == (7, 14)
+    assert taken == ["generate"]
+    assert worker.classify("r", talks) == ([[1.0]] * 3, 0) and taken == ["generate", "pooling"]
+
+
+def test_a_worker_whose_engine_is_gone_ends(worker: _PoolWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray then starts another and asks it again; any other failure is told."""
+
+    class EngineDeadError(Exception):
+        pass
+
+    def fail(self: Any, *_: Any, **__: Any) -> list[Completion]:
+        raise EngineFailed("the engine failed") from causes.pop()
+
+    ended: list[int] = []
+    causes: list[Exception] = [ValueError(), EngineDeadError()]
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(VLLMWorker, "generate", fail)
+    for expected in ([1], [1]):
+        with pytest.raises(EngineFailed):
+            worker.sample("m", [], [], SamplingConfig())
+        assert ended == expected
+
+
+class Together:
+    """An actor each of whose answers needs another call of it under way."""
+
+    def __init__(self, spec: Any) -> None:
+        self.both = threading.Barrier(2)
+
+    def sample(self, model: str, talks: list[Any], seeds: list[int], sampling: Any) -> tuple[list[Any], int]:
+        self.both.wait(60)
+        return [Completion(text=str(seed)) for seed in seeds], len(seeds)
+
+    def classify(self, model: str, talks: list[Any]) -> tuple[list[Any], int]:
+        return [[float(talk)] for talk in talks], 0
+
+
+def test_a_worker_has_several_chunks_at_once(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each is told as soon as it is there, so that other workers may go on with it."""
+    monkeypatch.setattr(pooling, "_PoolWorker", Together)
+    config = InferenceConfig(workers=1, batch_size=8, cpus_per_worker=0.5, gpus_per_worker=0)
+    with WorkerPool(config, 0) as pool:
+        scoring = pool.classifying("r")
+        told: list[int] = []
+
+        def also(start: int, answers: list[Completion]) -> None:
+            told.append(start)
+            scoring.add(start, [answer.text for answer in answers])
+
+        found = pool.sample("m", [[]] * 64, range(64), SamplingConfig(), also=also)
+        assert [answer.text for answer in found] == [str(seed) for seed in range(64)]
+        assert sorted(told) == list(range(0, 64, 8)) and pool.output_tokens == 64
+        assert scoring.finish() == {start: [[float(start + n)] for n in range(8)] for start in range(0, 64, 8)}
+
+
+def test_an_answer_that_does_not_come_ends_the_wait(local_ray: None) -> None:
+    @ray.remote(num_cpus=0)
+    class Silent:
+        def answer(self) -> None:
+            threading.Event().wait()
+
+    actor = Silent.remote()  # type: ignore[attr-defined]
+    calls = Calls([actor], "sampling", 0.5, 1, lambda place, answers, tokens: None)
+    calls.add(0, lambda each: each.answer.remote())
+    with pytest.raises(WaitTimedOut, match="a vLLM worker that is sampling"):
+        calls.finish()
+    ray.kill(actor)
 
 
 def test_a_pool_adds_up_the_tokens_of_its_workers(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:

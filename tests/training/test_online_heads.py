@@ -22,6 +22,7 @@ from psycho.training.loop import save_heads
 from psycho.training.online.engines import Engines
 from psycho.training.online.heads import LABELS, with_heads
 from psycho.training.online.rollout import Rollout
+from tests.training.online_pools import ScoringPool, in_chunks
 
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 TALKS = [
@@ -97,17 +98,19 @@ def test_a_reward_model_without_heads_is_refused(tiny_llama: Callable[..., str],
         with_heads(tiny_llama(3, reward=True), str(tmp_path / "both"))
 
 
-class _Pool:
+class _Pool(ScoringPool):
     """Two answers; labels count up from the answer's number."""
 
-    def sample(self, policy: str, prompts: Any, seeds: Any, sampling: Any, reporter: Any) -> list[Completion]:
-        return [Completion(text=f"answer {n}", output_tokens=1) for n in range(len(prompts))]
+    def sample(
+        self, policy: str, prompts: Any, seeds: Any, sampling: Any, reporter: Any, also: Any
+    ) -> list[Completion]:
+        return in_chunks([Completion(text=f"answer {n}", output_tokens=1) for n in range(len(prompts))], also)
 
-    def classify(self, model: str, talks: Any, reporter: Any) -> list[list[float] | None]:
+    def classify(self, model: str, talks: Any) -> list[list[float] | None]:
         numbers = [int(talk[-1]["content"][-1]) for talk in talks]
         return [None if n == 3 else [float(n), *(10.0 * n + turn for turn in range(7))] for n in numbers]
 
-    def rate(self, model: str, judge: Any, items: Any, seeds: Any, reporter: Any) -> list[Any]:
+    def rate(self, model: str, judge: Any, items: Any, seeds: Any) -> list[Any]:
         from psycho.judging.rubric import Rating
 
         return [Rating(dict.fromkeys(STEMS, 2), dict.fromkeys(STEMS, "")) for _ in items]

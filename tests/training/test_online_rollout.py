@@ -14,11 +14,12 @@ from psycho.principles import STEMS
 from psycho.training.online.engines import Engines
 from psycho.training.online.rollout import Rollout, Sampled
 from psycho.training.online.watch import mean_value
+from tests.training.online_pools import ScoringPool, in_chunks
 
 SPEECHES = [{"speech_id": f"s{number}", "question": f"Question {number}?"} for number in range(40)]
 
 
-class FakePool:
+class FakePool(ScoringPool):
     """Answers from tables, and remembers what it was asked."""
 
     def __init__(self, texts: list[str], scores: list[float | None]) -> None:
@@ -29,26 +30,31 @@ class FakePool:
         self.scored: list[str] = []
         self.items: list[Any] = []
 
-    def sample(self, policy: str, prompts: Any, seeds: Any, sampling: Any, reporter: Any) -> list[Completion]:
+    def sample(
+        self, policy: str, prompts: Any, seeds: Any, sampling: Any, reporter: Any, also: Any
+    ) -> list[Completion]:
         self.policies.append(policy)
         self.prompts, self.seeds = list(prompts), list(seeds)
-        return [
+        answers = [
             Completion(error="prompt is too long") if text == "ERROR" else Completion(text=text, output_tokens=7)
             for text in self.texts
         ]
+        return in_chunks(answers, also)
 
-    def reward(self, model: str, conversations: Any, reporter: Any) -> list[float | None]:
+    def classify(self, model: str, conversations: Any) -> list[list[float] | None]:
         assert model == "scorer"
-        self.scored = [talk[-1]["content"] for talk in conversations]
+        texts = [talk[-1]["content"] for talk in conversations]
+        self.scored += texts
         assert all(talk[-1]["role"] == "assistant" and talk[:-1] in self.prompts for talk in conversations)
-        return [self.scores[self._place(text)] for text in self.scored]
+        found = [self.scores[self._place(text)] for text in texts]
+        return [None if score is None else [score] for score in found]
 
-    def rate(self, model: str, judge: Any, items: Any, seeds: Any, reporter: Any) -> list[Rating | None]:
+    def rate(self, model: str, judge: Any, items: Any, seeds: Any) -> list[Rating | None]:
         assert model == "scorer"
-        self.items = list(items)
-        self.scored = [text for _, text, _ in items]
+        self.items += items
+        self.scored += [text for _, text, _ in items]
         assert set(seeds) <= set(self.seeds)
-        found = [self.scores[self._place(text)] for text in self.scored]
+        found = [self.scores[self._place(text)] for _, text, _ in items]
         return [None if s is None else Rating(dict.fromkeys(STEMS, int(s)), dict.fromkeys(STEMS, "")) for s in found]
 
     def _place(self, text: str) -> int:
@@ -121,7 +127,7 @@ def test_an_empty_text_is_not_scored_and_shifts_nothing(scorer: str) -> None:
     pool = FakePool(texts, [5.0, 1.0, 5.0, 4.0, 2.0, 5.0, 5.0, 3.0])
     pool.texts[5] = "ERROR"
     pairs, report = _round(_rollout(pool, scorer=scorer), 0)
-    assert pool.scored == ["one b", "one d", "two a", "two c", "two d"]
+    assert sorted(pool.scored) == ["one b", "one d", "two a", "two c", "two d"]
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one d", "one b"), ("two c", "two a")]
     assert report["failed"] == 3
     assert report["samples"] == 8

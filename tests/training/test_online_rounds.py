@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from psycho.config import Config, LoRAConfig, OnlineConfig, TrainingConfig
 from psycho.errors import StageFailed
+from psycho.inference.pool import Begun
 from psycho.inference.worker import Completion
 from psycho.training.launch import read_history
 from psycho.training.loop import Trainer
@@ -24,6 +25,7 @@ from psycho.training.online.engines import Engines
 from psycho.training.online.rollout import Rollout
 from psycho.training.online.rounds import OnlineJob, Rounds
 from psycho.training.online.state import RoundStore
+from tests.training.online_pools import ScoringPool, in_chunks
 
 TRAINING = TrainingConfig(
     workers=1,
@@ -44,7 +46,7 @@ class Lost(Exception):
     """What a test raises where it interrupts the job."""
 
 
-class Pool:
+class Pool(ScoringPool):
     """Answers by seed, scores by the text, reads with transformers; `break_at` is called with the name of each call."""
 
     def __init__(self) -> None:
@@ -58,15 +60,25 @@ class Pool:
     def use(self, model: str, runner: str = "generate") -> None:
         self._note("use", model)
 
-    def sample(self, model: str, prompts: Any, seeds: Sequence[int], sampling: Any, reporter: Any) -> list[Completion]:
+    def sample(
+        self, model: str, prompts: Any, seeds: Sequence[int], sampling: Any, reporter: Any, also: Any
+    ) -> list[Completion]:
         self._note("sample", model)
         texts = [" ".join(WORDS[seed // 6**turn % 6] for turn in range(2 + seed % 3)) for seed in seeds]
-        return [Completion(text=text, output_tokens=8) for text in texts]
+        return in_chunks([Completion(text=text, output_tokens=8) for text in texts], also)
 
-    def reward(self, model: str, conversations: Any, reporter: Any) -> list[float | None]:
-        self._note("reward", model)
+    def classifying(self, model: str, reporter: Any) -> Begun:
+        begun = super().classifying(model, reporter)
+
+        def finish() -> dict[int, list[Any]]:
+            self._note("reward", model)
+            return begun.finish()
+
+        return Begun(begun.add, finish)
+
+    def classify(self, model: str, conversations: Any) -> list[list[float] | None]:
         texts = [talk[-1]["content"] for talk in conversations]
-        return [text.count("hear") + text.count("What") - text.count("Cheer") + len(text) / 1000 for text in texts]
+        return [[text.count("hear") + text.count("What") - text.count("Cheer") + len(text) / 1000] for text in texts]
 
     def sleep(self, level: int) -> None:
         self._note(f"sleep {level}", "")

@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from psycho.config import Config
 from psycho.inference.requests import prompt
-from psycho.principles import STEMS
 from psycho.progress import Reporter
 from psycho.schema import stable_id, stable_seed
 from psycho.training.online.clock import Clock
 from psycho.training.online.engines import Engines
-from psycho.training.online.pairing import speech_pairs, value
+from psycho.training.online.pairing import speech_pairs
+from psycho.training.online.scoring import Scoring
 from psycho.training.online.watch import figures
 
 Row = dict[str, Any]
@@ -90,61 +90,21 @@ class Rollout:
         """`k` samples of each speech with their scores (rows of `SAMPLE`), speech by speech."""
         asked = [(speech, sample) for speech in speeches for sample in range(k)]
         prompts = [prompt(speech, self.config.generation.system_prompt) for speech, _ in asked]
+        own = [speech for speech, _ in asked]
+        scoring = Scoring(self.engines, self.config, own, prompts, seeds, self.reporter)
         with clock("sampling"):
-            answers = self.engines.rollout.sample(policy, prompts, seeds, self.config.online.sampling, self.reporter)
+            answers = self.engines.rollout.sample(
+                policy, prompts, seeds, self.config.online.sampling, self.reporter, scoring.add
+            )
         rows: list[Row] = [
             {"speech_id": speech["speech_id"], "sample": sample, "response": answer.text.strip()}
             | {"output_tokens": answer.output_tokens, "reward": None, "heads": None}
             | {"overall": None, "safety": None}
             for (speech, sample), answer in zip(asked, answers, strict=True)
         ]
-        places = [place for place, row in enumerate(rows) if row["response"]]
-        with clock("scoring"):
-            self._reward(rows, places, prompts)
-            self._judge(rows, places, [speech for speech, _ in asked], seeds)
-        for row in rows:
-            row["score"] = self._score(row)
-            row["value"] = value(row["score"], row["response"], self.config.online)
+        with clock("scoring"):  # what of it is left
+            scoring.finish(rows)
         return rows
-
-    def _reward(self, rows: list[Row], places: Sequence[int], prompts: Sequence[list[dict[str, str]]]) -> None:
-        engines = self.engines
-        if engines.reward is None:
-            return
-        whole = [[*prompts[place], {"role": "assistant", "content": rows[place]["response"]}] for place in places]
-        if not self.config.online.head_weights:
-            found = engines.reward.reward(engines.reward_model, whole, self.reporter)
-            for place, reward in zip(places, found, strict=True):
-                rows[place]["reward"] = reward
-            return
-        for place, labels in zip(
-            places, engines.reward.classify(engines.reward_model, whole, self.reporter), strict=True
-        ):
-            if labels is not None:
-                rows[place] |= {"reward": labels[0], "heads": labels[1:]}
-
-    def _judge(self, rows: list[Row], places: Sequence[int], speeches: Sequence[Speech], seeds: Sequence[int]) -> None:
-        engines = self.engines
-        if engines.judge is None:
-            return
-        items = [(speeches[p]["question"], rows[p]["response"], speeches[p].get("history")) for p in places]
-        own = [seeds[place] for place in places]
-        found = engines.judge.rate(engines.judge_model, self.config.judge, items, own, self.reporter)
-        for place, rating in zip(places, found, strict=True):
-            if rating is not None:
-                rows[place] |= {"overall": rating.overall, "safety": rating.ratings["safety"]}
-
-    def _score(self, row: Row) -> float | None:
-        online, reward, overall = self.config.online, row["reward"], row["overall"]
-        if (online.rewarded and reward is None) or (online.judged and overall is None):
-            return None
-        if not online.rewarded:
-            return overall
-        heads = dict(zip(STEMS, row["heads"] or (), strict=False))
-        principles = sum(weight * heads[stem] for stem, weight in online.head_weights.items())
-        if online.scorer == "mixture":
-            return online.reward_weight * reward + online.judge_weight * overall + principles
-        return reward + principles
 
     def _messages(self, speech: Speech) -> str:
         return json.dumps(prompt(speech, self.config.generation.system_prompt), ensure_ascii=False)
