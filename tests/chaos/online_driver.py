@@ -1,9 +1,9 @@
 """Online DPO on tiny random models, in a process that a test may kill.
 
 `python online_driver.py ROOT POLICY REWARD WHAT`: four rounds below ROOT. The process ids of its workers are in
-ROOT/pids.json once they are there; the ranks of the training are children named `ray::RayTrainWorker`. Where WHAT is
-to be killed, `node` or `training within the run`, the training may fail once; with `node` Ray has a head for the driver
-and two more nodes, either of which has room for all the work.
+ROOT/pids.json once they are there, that of the training's last rank in ROOT/rank. Where WHAT is to be killed, `node` or
+`training within the run`, the training may fail once; with `node` Ray has a head for the driver and two more nodes,
+either of which has room for all the work.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.train import get_context
 
 from psycho.config import Config
 from psycho.errors import StageFailed
@@ -68,6 +69,13 @@ def connect(what: str) -> dict[str, int]:
     return {f"node {place}": node.all_processes["raylet"][0].process.pid for place, node in enumerate(nodes)}
 
 
+def noted_worker(config: dict[str, Any]) -> None:
+    """A rank that says which process it is."""
+    if get_context().get_world_rank() == config["job"].training.workers - 1:
+        Path(config["note"]).write_text(str(os.getpid()))
+    online_worker(config)
+
+
 def main() -> None:
     """Go on with the rounds that are there, and exit 1 where a part of it was killed."""
     root, policy, reward, what = Path(sys.argv[1]), *sys.argv[2:5]
@@ -85,7 +93,7 @@ def main() -> None:
             Rollout(workers, config),
         )  # fmt: skip
         try:
-            launch(online_worker, {"job": job}, config.training, str(root / "ray"))
+            launch(noted_worker, {"job": job, "note": str(root / "rank")}, config.training, str(root / "ray"))
         except StageFailed as error:
             sys.exit(f"{error}")
 

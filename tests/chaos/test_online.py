@@ -95,8 +95,7 @@ def kill(process: subprocess.Popen[bytes], root: Path, what: str) -> None:
         process.kill()
         return
     if what.startswith("training"):
-        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "ray::RayTrainWo"]
-        ranks[-1].kill()
+        psutil.Process(int((root / "rank").read_text())).kill()
         return
     psutil.Process(json.loads((root / "pids.json").read_text())[what]).kill()
 
