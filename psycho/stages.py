@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from psycho import storage
-from psycho.config import Config
+from psycho.config import ENGINE_ROUNDING, TRAINING_ROUNDING, Config
 from psycho.errors import BadInput
 from psycho.inference.endpoint import api_key
 from psycho.inference.models import check_model
@@ -22,23 +22,19 @@ Settings = Mapping[str, Any]
 CALIBRATION = ("evaluation", "calibration.json")  # written by `judge --calibrate`, in the run folder
 POLICIES = ("base", "sft", "dpo", "online")
 _ESTIMATES = {"parameters_b", "gpus_per_worker"}
-_JUDGE_ESTIMATES: dict[str, Any] = {**dict.fromkeys(_ESTIMATES, True), "panel": {"__all__": _ESTIMATES}}
-_EXECUTION = {
-    "start_timeout_s",
-    "collective_timeout_s",
-    "env",
-    "cpus_per_worker",
-    "threads_per_worker",
-    "checkpoint_every_steps",
-    "max_failures",
-    "peak_tflops",
-}
+_ASIDE: dict[str, Any] = {**dict.fromkeys(_ESTIMATES, True), "engine": set(ENGINE_ROUNDING)}
+_JUDGE_ASIDE: dict[str, Any] = {**_ASIDE, "panel": {"__all__": _ASIDE}}
 
 
 def _training(config: Config) -> dict[str, Any]:
     """Settings of training that can change its result."""
     plain = config.training.model_dump(mode="json")
-    return {k: v for k, v in plain.items() if k not in _EXECUTION | {"sft", "reward", "dpo"}}
+    return {k: v for k, v in plain.items() if k not in TRAINING_ROUNDING | {"sft", "reward", "dpo"}}
+
+
+def _engine(config: Config) -> dict[str, Any]:
+    """Settings of the engines that can change what they answer."""
+    return config.inference.engine.model_dump(mode="json", exclude=set(ENGINE_ROUNDING))
 
 
 def _source(config: Config) -> list[Any]:
@@ -69,11 +65,11 @@ def _prepare(config: Config) -> Settings:
 
 def _generate(config: Config) -> Settings:
     pool = config.generation.pool
-    aside: Any = {"budget": True, "pool": {"__all__": _ESTIMATES | {"price", "remote"}}}
+    aside: Any = {"budget": True, "pool": {"__all__": {**_ASIDE, "price": True, "remote": True}}}
     return {
         "generation": config.generation.model_dump(mode="json", exclude=aside),
         "models": [f"{m.remote.url} {m.model}" if m.remote else identity(config, m.model) for m in pool],
-        "engine": config.inference.engine,
+        "engine": _engine(config),
         "seed": config.seed,
     }
 
@@ -81,10 +77,10 @@ def _generate(config: Config) -> Settings:
 def _judge(config: Config) -> Settings:
     members = config.judge.members()
     return {
-        "judge": config.judge.model_dump(mode="json", exclude=_JUDGE_ESTIMATES),
+        "judge": config.judge.model_dump(mode="json", exclude=_JUDGE_ASIDE),
         "models": [identity(config, member.model) for member in members],
         "prompts": [prompt_version(m.template, "direct" if m.mode == "direct" else "evidence") for m in members],
-        "engine": config.inference.engine,
+        "engine": _engine(config),
         "seed": config.seed,
     }
 
@@ -138,7 +134,7 @@ def _train_online(config: Config) -> Settings:
         "judge": (config.judge, identity(config, config.judge.model)) if config.online.judged else None,
         "held_out": (held_out, identity(config, held_out.model)) if held_out and config.online.gold_every else None,
         "dev_share": config.pairs.dev_share,
-        "engine": config.inference.engine,
+        "engine": _engine(config),
         "seed": config.seed,
     }
 
@@ -149,7 +145,7 @@ def _evaluate(config: Config) -> Settings:
         "evaluation": config.evaluation,
         "judge": judge,
         "models": [identity(config, m) for m in (config.policy, judge.model, config.evaluation.baseline)],
-        "engine": config.inference.engine,
+        "engine": _engine(config),
         "seed": config.seed,
     }
 

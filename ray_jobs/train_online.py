@@ -37,8 +37,8 @@ def train_online(job: Job) -> None:
         for folder in (output, work):
             Path(folder).parent.mkdir(parents=True, exist_ok=True)
         start = _local(job, "dpo")
-        # The other ranks wait in a collective while rank 0 has a round sampled and scored.
-        limit = max(config.training.collective_timeout_s, online.round_timeout_s)
+        # The other ranks wait in a collective while rank 0 has a round sampled and scored, and must not give up first.
+        limit = max(config.training.collective_timeout_s, online.round_timeout_s + 60)
         training = config.training.model_copy(update={"collective_timeout_s": limit})
         reward = _local(job, "reward") if online.rewarded else ""
         if online.head_weights:

@@ -61,7 +61,13 @@ HANGS_ON: dict[str, set[str]] = {
     "generation.marks.refused=retry": set(ALL) - {"prepare"},
     "inference.start_timeout_s=7": set(),
     "inference.env={A: '1'}": set(),
+    "inference.engine.gpu_memory_utilization=0.5": set(),
+    "inference.engine.max_num_seqs=7": set(),
+    "judge.engine={gpu_memory_utilization: 0.5, dtype: float32}": set(ALL) - {"prepare", "generate"},
     "training.start_timeout_s=7": set(),
+    "training.workers=3": set(),
+    "training.zero_stage=3": set(),
+    "training.bin_tokens=9999": set(),
     "training.threads_per_worker=2": set(),
     "serving.port=9000": set(),
 }

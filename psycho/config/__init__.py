@@ -15,6 +15,7 @@ from psycho.config.data import (
     SpeechesConfig,
 )
 from psycho.config.inference import (
+    ENGINE_ROUNDING,
     EngineConfig,
     InferenceConfig,
     ModelConfig,
@@ -26,6 +27,7 @@ from psycho.config.load import build_config, known_keys, load_config, to_yaml
 from psycho.config.online import OnlineConfig
 from psycho.config.section import Section
 from psycho.config.training import (
+    TRAINING_ROUNDING,
     DPOConfig,
     LoopConfig,
     LoRAConfig,
@@ -37,6 +39,8 @@ from psycho.config.training import (
 from psycho.config.whole import ClusterConfig, Config, EvaluationConfig, NanoConfig, ServingConfig
 
 __all__ = [
+    "ENGINE_ROUNDING",
+    "TRAINING_ROUNDING",
     "ClusterConfig",
     "Config",
     "DPOConfig",

@@ -8,6 +8,11 @@ from pydantic import Field, model_validator
 
 from psycho.config.section import Section
 
+ENGINE_ROUNDING = frozenset(
+    {"max_num_seqs", "enforce_eager", "tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching"}
+)
+"""Settings of an engine that change nothing but the rounding: what one has answered stands after they were changed."""
+
 
 class EngineConfig(Section):
     """Arguments of the vLLM engine; `extra` goes to `vllm.LLM` unchanged."""
@@ -29,7 +34,7 @@ class InferenceConfig(Section):
     workers: int = Field(1, ge=1, description="vLLM workers; each holds one engine")
     cpus_per_worker: float = Field(1.0, ge=0)
     gpus_per_worker: float = Field(1.0, ge=0)
-    batch_size: int = Field(256, ge=1, description="requests handed to an engine at once")
+    batch_size: int = Field(256, ge=1, description="requests handed to a worker together; it has several such batches")
     engine: EngineConfig = EngineConfig()
     env: dict[str, str] = Field(default_factory=dict, description="environment of the workers")
     start_timeout_s: float = Field(1800, gt=0)

@@ -93,6 +93,14 @@ class LoRAConfig(Section):
     )
 
 
+TRAINING_ROUNDING = frozenset({
+    "workers", "zero_stage", "offload_optimizer", "offload_parameters", "gradient_checkpointing", "gpus_per_worker",
+    "env", "checkpoint_every_steps", "max_failures", "start_timeout_s", "collective_timeout_s", "cpus_per_worker",
+    "threads_per_worker", "peak_tflops", "sequence_parallel", "bin_tokens",
+})  # fmt: skip
+"""Settings of training that change nothing but the rounding: an interrupted one goes on after they were changed."""
+
+
 class TrainingConfig(Section):
     """Where and how all models are trained: Ray Train workers, DeepSpeed ZeRO, precision."""
 

@@ -38,9 +38,9 @@ class EngineFailed(Exception):
     """The engine raised while it worked; nothing it holds will be answered. Restart the process."""
 
 
-def leave_if_dead(error: EngineFailed) -> None:
+def leave_if_dead(error: BaseException) -> None:
     """End this process where the engine's own is gone: Ray gives what was asked of it to a fresh one."""
-    if type(error.__cause__).__name__ == "EngineDeadError":
+    if "EngineDeadError" in (type(error).__name__, type(error.__cause__).__name__):
         os._exit(1)
 
 
@@ -108,12 +108,13 @@ class EngineLoop:
                     self._pending.popleft()
                     self._do(head)
                     continue
+                self._engine = None  # the last to know it, where another is started: its memory must be free by then
                 self._engine, self._model = self._hold(head.model), head.model
             self._pending.popleft()
             self._add(head)
 
     def _do(self, work: _Work) -> None:
-        self._model = ""  # whatever it did, the next request asks for its model anew
+        self._engine, self._model = None, ""  # whatever it does, the next request asks for its model anew
         try:
             work.box.put((0, work.call()))
         except BaseException as error:
@@ -122,12 +123,12 @@ class EngineLoop:
     def _add(self, ask: _Ask) -> None:
         name = str(self._count)
         self._count += 1
+        self._running[name] = ask  # from here on, or nobody would tell it of an engine that dies over it
         try:
             self._engine.add_request(name, ask.prompt, ask.params)
         except ValueError as error:  # this request is refused, the others are served
+            del self._running[name]
             ask.box.put((ask.place, error))
-        else:
-            self._running[name] = ask
 
     def _step(self) -> None:
         if not self._running:

@@ -9,6 +9,7 @@ its model, so it comes back with the right weights.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
@@ -20,12 +21,13 @@ from psycho.config import InferenceConfig, JudgeConfig, SamplingConfig
 from psycho.errors import StageFailed, WaitTimedOut
 from psycho.inference.batch import MOST_AT_ONCE, RESTARTS, check_room, enough, layout
 from psycho.inference.calls import Calls
-from psycho.inference.loop import EngineFailed, leave_if_dead
+from psycho.inference.loop import leave_if_dead
 from psycho.inference.worker import Completion, EngineSpec, Messages, VLLMWorker
 from psycho.judging.judge import Item, PairItem, rate_pairs, rate_single
 from psycho.judging.rubric import Rating
 from psycho.progress import Reporter
 
+_OF_A_TRANSFER = ("transfer", "holds")
 T = TypeVar("T")
 Counted = tuple[list[T], int]
 """Answers, and the output tokens that they took, tries that failed included."""
@@ -39,14 +41,30 @@ def _call(work: Callable[..., list[T]]) -> Callable[..., Counted[T]]:
         self._own.model, self._own.tokens = model, 0
         if self.model != model:  # else an engine in the middle of its work would have to come to its end first
             self.use(model, "pooling" if work.__name__ == "classify" else "generate")
+        return work(self, *arguments), self._own.tokens
+
+    return _leaving(counted)
+
+
+def _leaving(work: Callable[..., T]) -> Callable[..., T]:
+    """The call as it is, but for two states that this process does not come out of: it ends, and Ray starts another.
+
+    The engine's own process may be gone. And a trainer may have died in the middle of a transfer, in which the engine
+    may wait for it for ever; whoever asks for anything else then is the next trainer.
+    """
+
+    @functools.wraps(work)
+    def call(self: _PoolWorker, *arguments: Any) -> T:
+        if self.in_transfer and work.__name__ not in _OF_A_TRANSFER:
+            os._exit(1)
         try:
-            return work(self, *arguments), self._own.tokens
-        except EngineFailed as error:
+            return work(self, *arguments)
+        except Exception as error:
             leave_if_dead(error)
             raise
 
-    del counted.__wrapped__  # Ray would check the arguments against that one's
-    return counted
+    del call.__wrapped__  # Ray would check the arguments against that one's
+    return call
 
 
 class _PoolWorker(VLLMWorker):
@@ -86,6 +104,13 @@ class _PoolWorker(VLLMWorker):
     @_call
     def read(self, rows: list[list[int]]) -> list[list[float] | None]:
         return self.logprobs(rows)
+
+    use = _leaving(VLLMWorker.use)
+    incarnation = _leaving(VLLMWorker.incarnation)
+    transfer = _leaving(VLLMWorker.transfer)
+    holds = _leaving(VLLMWorker.holds)
+    sleep = _leaving(VLLMWorker.sleep)
+    wake = _leaving(VLLMWorker.wake)
 
 
 def _send(send: Callable[[Any, int, int], Any], start: int, stop: int, actor: Any) -> Any:
@@ -280,11 +305,10 @@ class WorkerPool:
 
     def _each(self, what: str, send: Callable[[Any], Any]) -> list[Any]:
         """One call on every worker, at once; its answers in the workers' order."""
-        limit = self._config.start_timeout_s + self._config.batch_timeout_s
         try:
-            return ray.get([send(actor) for actor in self._actors], timeout=limit)
+            return ray.get([send(actor) for actor in self._actors], timeout=self._limit_s)
         except ray.exceptions.GetTimeoutError:
-            raise WaitTimedOut(f"a vLLM worker that is {what}", limit) from None
+            raise WaitTimedOut(f"a vLLM worker that is {what}", self._limit_s) from None
         except ray.exceptions.RayActorError as error:
             raise StageFailed(f"a vLLM worker died while {what}; give the same command again") from error
 
@@ -317,6 +341,9 @@ class WorkerPool:
             if also:
                 also(start, answers)
 
-        # The first call also starts an engine, which is what takes longest.
-        limit = self._config.start_timeout_s + self._config.batch_timeout_s
-        return Calls(self._actors, what, limit, at_once, done)
+        return Calls(self._actors, what, self._limit_s, at_once, done)
+
+    @property
+    def _limit_s(self) -> float:
+        """Of any wait: the first call also starts an engine, which is what takes longest."""
+        return self._config.start_timeout_s + self._config.batch_timeout_s

@@ -86,6 +86,7 @@ class VLLMWorker:
             logging.disable(logging.WARNING)
         self.spec = spec
         self.model = ""
+        self.in_transfer = False
         self._signature = ""
         self._name = ""
         self._llm: Any = None
@@ -237,12 +238,11 @@ class VLLMWorker:
             **reading,
         )
 
-    def score(self, conversations: Sequence[Messages]) -> list[float | None]:
-        """Reward of each whole conversation (the model must be in use with runner `pooling`); None when too long."""
-        return [None if row is None else row[0] for row in self.labels(conversations)]
-
     def labels(self, conversations: Sequence[Messages]) -> list[list[float] | None]:
-        """As `score`, all labels of a classifier that has several."""
+        """The labels of each whole conversation by a classifier (in use with runner `pooling`); None when too long.
+
+        A reward model has one, its reward.
+        """
         from vllm import PoolingParams
 
         limit = self._llm.model_config.max_model_len
@@ -292,12 +292,23 @@ class VLLMWorker:
         return self._name
 
     def transfer(self, call: str, info: Mapping[str, Any] | None = None) -> None:
-        """One call of vLLM's weight transfer; until `holds` says what they are, the weights are nobody's."""
+        """One call of vLLM's weight transfer; until `holds` says what they are, the weights are nobody's.
+
+        Half a transfer leaves traces in the process that neither a reload nor another engine in it gets rid of: counts
+        of what is loaded, a rotary embedding without data that all engines share. So a process in which `in_transfer`
+        stays is to be ended.
+
+        Raises:
+            RuntimeError: the engine that the transfer began with is gone.
+        """
 
         def work() -> None:
+            if self._llm is None:
+                raise RuntimeError("an engine was started again while it took weights; give the same command again")
             self.model = ""
             getattr(self._llm, call)(*([] if info is None else [dict(info)]))
 
+        self.in_transfer = True
         self._loop.run(work)
 
     def holds(self, model: str) -> None:
@@ -306,7 +317,7 @@ class VLLMWorker:
         def work() -> None:
             self._llm.collective_rpc("renew_head")
             self._llm.reset_prefix_cache()
-            self.model = model
+            self.model, self.in_transfer = model, False
 
         self._loop.run(work)
 

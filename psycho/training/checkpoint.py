@@ -21,12 +21,6 @@ from torch import Tensor
 from psycho.training import states
 
 History = list[dict[str, float]]
-# Settings of training that change nothing but the rounding: an interrupted training goes on after they were changed.
-NOT_IN_KEY = {
-    "workers", "zero_stage", "offload_optimizer", "offload_parameters", "gradient_checkpointing", "gpus_per_worker",
-    "env", "checkpoint_every_steps", "max_failures", "start_timeout_s", "collective_timeout_s", "cpus_per_worker",
-    "threads_per_worker", "peak_tflops", "sequence_parallel",
-}  # fmt: skip
 
 
 class Checkpoints:

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from psycho.config import LoopConfig, TrainingConfig
+from psycho.config import TRAINING_ROUNDING, LoopConfig, TrainingConfig
 from psycho.errors import BadInput
 from psycho.principles import STEMS
 from psycho.run import content_key
-from psycho.training.checkpoint import NOT_IN_KEY, Best, Checkpoints
+from psycho.training.checkpoint import Best, Checkpoints
 from psycho.training.engine import deepspeed_config
 from psycho.training.flops import count_flops
 from psycho.training.groups import Group, response_key, split
@@ -172,7 +172,7 @@ class Trainer:
         if folder is None or every is None:
             return None
         data = [response_key(group, index) for group in groups for index in range(len(group.responses))]
-        training = self.training.model_dump(exclude=NOT_IN_KEY)
+        training = self.training.model_dump(exclude=set(TRAINING_ROUNDING))
         key = content_key(self.settings.model_dump(), training, seed, data)
         return Checkpoints(folder, key, every, self.training.collective_timeout_s)
 

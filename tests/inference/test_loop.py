@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -139,3 +141,37 @@ def test_an_engine_that_dies_says_so_to_all_who_wait() -> None:
         return "told"
 
     assert in_threads([asked, asked]) == ["told", "told"]
+
+
+def test_a_request_that_kills_the_engine_is_told_too() -> None:
+    """It is in nobody's hands when it is added."""
+
+    class Fragile(Engine):
+        def add_request(self, name: str, prompt: int, params: str) -> None:
+            raise RuntimeError("the engine is dead")
+
+    loop = EngineLoop(Fragile().hold, slots=4)
+    with pytest.raises(EngineFailed, match="RuntimeError: the engine is dead"):
+        ask(loop, "m", [1])
+
+
+@pytest.mark.parametrize("by", ["work", "request"])
+def test_nobody_keeps_the_engine_that_another_follows(by: str) -> None:
+    """Its weights and its cache are free before the next one asks for room."""
+    known: list[weakref.ref[Engine]] = []
+    alive: list[bool] = []
+
+    def hold(model: str) -> Engine:
+        gc.collect()
+        alive.append(any(one() is not None for one in known))
+        engine = Engine(model)
+        known.append(weakref.ref(engine))
+        return engine
+
+    loop = EngineLoop(hold, slots=4)
+    assert ask(loop, "a", [1, 2]) == [0, 1]
+    if by == "work":
+        loop.run(lambda: hold("b").model)
+    else:
+        assert ask(loop, "b", [1]) == [0]
+    assert alive == [False, False]

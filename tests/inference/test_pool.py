@@ -38,8 +38,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> _PoolWorker:
             seen.add(messages)
         return found
 
-    monkeypatch.setattr(VLLMWorker, "__init__", lambda self, spec: setattr(self, "model", ""))
-    monkeypatch.setattr(VLLMWorker, "use", lambda self, model, runner="generate": None)
+    monkeypatch.setattr(VLLMWorker, "__init__", lambda self, spec: vars(self).update(model="", in_transfer=False))
+    monkeypatch.setattr(_PoolWorker, "use", lambda self, model, runner="generate": None)
     monkeypatch.setattr(VLLMWorker, "generate", generate)
     return _PoolWorker(None)  # type: ignore[arg-type]
 
@@ -66,7 +66,7 @@ def test_calls_at_once_count_each_its_own_tokens(worker: _PoolWorker, monkeypatc
         self.model = model
 
     monkeypatch.setattr(VLLMWorker, "generate", together)
-    monkeypatch.setattr(VLLMWorker, "use", use)
+    monkeypatch.setattr(_PoolWorker, "use", use)
     monkeypatch.setattr(VLLMWorker, "labels", lambda self, talks: [[1.0] for _ in talks])
     worker.use("m")
     talks = [[{"role": "user", "content": text}] for text in "abc"]
@@ -127,6 +127,28 @@ def test_a_worker_has_several_chunks_at_once(local_ray: None, monkeypatch: pytes
         assert [answer.text for answer in found] == [str(seed) for seed in range(64)]
         assert sorted(told) == list(range(0, 64, 8)) and pool.output_tokens == 64
         assert scoring.finish() == {start: [[float(start + n)] for n in range(8)] for start in range(0, 64, 8)}
+
+
+def test_a_worker_that_a_trainer_left_in_a_transfer_ends(worker: _PoolWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is asked for anything else: what is half there spoils every engine of the process."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    worker._llm = SimpleNamespace(
+        update_weights=lambda info: None, collective_rpc=print, reset_prefix_cache=lambda: None
+    )
+    worker._loop = SimpleNamespace(run=lambda call: call())  # type: ignore[assignment]
+    worker.transfer("update_weights", {})
+    worker.holds("m")
+    worker.sample("m", [], [], SamplingConfig())
+    assert not ended
+    worker.transfer("update_weights", {})
+    worker.transfer("update_weights", {})
+    assert not ended
+    worker.sample("m", [], [], SamplingConfig())
+    assert ended == [1]
+    worker._llm = None
+    with pytest.raises(RuntimeError, match="started again while it took weights"):
+        worker.transfer("update_weights", {})
 
 
 def test_an_answer_that_does_not_come_ends_the_wait(local_ray: None) -> None:

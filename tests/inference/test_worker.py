@@ -208,9 +208,9 @@ def turns(started: Engine, tiny_llama: Callable[..., str]) -> dict[str, Any]:
     found["back"] = _texts(started.generate(TALKS, SEEDS, WARM))
     started.use(tiny_llama(3, reward=True), runner="pooling")
     long = [{"role": "user", "content": "I feel lost. " * 400}]
-    found["scores"] = started.score([*WHOLE[:2], long, *WHOLE[2:]])
+    found["scores"] = [row and row[0] for row in started.labels([*WHOLE[:2], long, *WHOLE[2:]])]
     started.use(tiny_llama(4, reward=True), runner="pooling")
-    found["scores of another"] = started.score(WHOLE)
+    found["scores of another"] = [row and row[0] for row in started.labels(WHOLE)]
     started.use(tiny_llama(1))
     found["fresh"] = _texts(started.generate(TALKS, SEEDS, WARM))
     return found

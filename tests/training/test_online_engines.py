@@ -54,6 +54,12 @@ def _expected(model: str, rows: list[list[int]]) -> list[list[float]]:
     return [f[:-1].gather(1, torch.tensor(r[1:])[:, None])[:, 0].tolist() for f, r in zip(found, rows, strict=True)]
 
 
+def _assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    """The same samples; what they score depends in its last bits on what the engine read beside them."""
+    assert [row["response"] for row in one] == [row["response"] for row in other]
+    assert [row["score"] for row in one] == pytest.approx([row["score"] for row in other], abs=1e-5)
+
+
 def test_both_engines_live_through_rounds_and_take_new_weights(
     started: Engines, tiny_llama: Callable[..., str]
 ) -> None:
@@ -62,7 +68,7 @@ def test_both_engines_live_through_rounds_and_take_new_weights(
     first = rollout(tiny_llama(0), 0, SPEECHES)
     other = rollout(tiny_llama(2), 0, SPEECHES)
     again = rollout(tiny_llama(0), 0, SPEECHES)
-    assert first.samples == again.samples
+    _assert_same(first.samples, again.samples)
     assert [row["response"] for row in first.samples] != [row["response"] for row in other.samples]
     assert all(row["reward"] is not None for row in first.samples)
     assert _pids(started) == before
@@ -93,7 +99,7 @@ def test_a_worker_that_is_killed_comes_back_with_the_weights_asked_for(
     rollout = Rollout(started, _config())
     first = rollout(tiny_llama(2), 1, SPEECHES)
     os.kill(_pids(started)[0], signal.SIGKILL)
-    assert rollout(tiny_llama(2), 1, SPEECHES).samples == first.samples
+    _assert_same(rollout(tiny_llama(2), 1, SPEECHES).samples, first.samples)
 
 
 def test_workers_that_never_fit_together_are_refused(local_ray: None) -> None:

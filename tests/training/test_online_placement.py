@@ -65,7 +65,10 @@ def test_whole_gpus_talk_over_nccl() -> None:
         ({}, {}, {"engine": {"tensor_parallel_size": 2}}, r"tensor_parallel_size is 2; set it to 1"),
         ({}, {}, {"workers": 2}, r"inference.workers 2 is more than training.workers 1"),
         ({}, {"gpus_per_worker": 0.5}, {}, r"0.6, training.gpus_per_worker 0.5 .*\(0.1\) are over 1 together"),
-        ({}, {"workers": 2}, {"workers": 2, "gpus_per_worker": 0.4}, r"put on one GPU; set it above 0.5"),
+        ({}, {"workers": 2}, {"workers": 2, "gpus_per_worker": 0.45}, r"put on one GPU; set it above 0.5"),
+        ({}, {"workers": 2, "gpus_per_worker": 0.2}, {}, r"two training workers of .* 0.2 could be put on one GPU"),
+        ({"scorer": "judge", "scorer_workers": 1}, {}, {}, r"that score \(0.6\) are over 1 together"),
+        ({"scorer": "mixture", "scorer_workers": 2}, {}, {}, r"that score \(1.4\) are over 1 together"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_starts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ class Tried:
         try:
             rounds.run()
         finally:
-            rounds.threads.shutdown()
+            rounds.threads.shutdown(wait=False)
             rounds.trainer.close()
         return rounds
 
@@ -248,6 +249,28 @@ def test_a_rerun_goes_on_from_the_last_half(
     assert len(trained) == 2  # each round once
     drawn = sum(name == "reward" for name, _ in tried.pool.asked)
     assert drawn - 2 <= (call in ("reward", "read"))  # of the half that was interrupted alone
+
+
+def test_samples_that_do_not_come_end_the_wait(whole: Tried, tmp_path: Path) -> None:
+    tried = Tried(tmp_path, whole.policy, round_timeout_s=0.2)
+    late = threading.Event()
+    tried.pool.break_at = lambda name: late.wait(60) and None if name == "sample" else None
+    try:
+        with pytest.raises(StageFailed, match="waited 0 s for the samples of round 0 and gave up"):
+            tried()
+    finally:
+        late.set()
+
+
+def test_what_an_earlier_try_left_is_cleared(whole: Tried, tmp_path: Path) -> None:
+    """A half that was being replaced, and a model that was there already."""
+    tried = Tried(tmp_path, whole.policy)
+    left = tmp_path / "rounds" / "trained-1.0123.old"
+    for folder in (left / "policy", tmp_path / "online" / "older"):
+        folder.mkdir(parents=True)
+    tried()
+    assert not left.exists() and not (tmp_path / "online" / "older").exists()
+    assert _same(tried.weights, whole.weights)
 
 
 def test_a_training_that_is_interrupted_starts_from_the_rounds_beginning(
@@ -465,7 +488,8 @@ def test_engines_sleep_while_the_policy_trains(whole: Tried, tmp_path: Path, mon
         "wake all",
         "read",
     ]
-    assert names == ["wake all", "wake all", "use", "use", "read", *a_round, *a_round]
+    start = ["sleep 2", "sleep 2", "wake all", "wake all", "use", "use", "read"]
+    assert names == [*start, *a_round, *a_round]
     assert _same(tried.weights, whole.weights)
     assert all(report["gpu_gib"].keys() == {"sampling", "asleep", "trained", "awake"} for report in tried.reports)
     assert "gpu_gib" not in whole.reports[0]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 from ray import cloudpickle
+from safetensors.torch import load_file, save_file
 
 from psycho.config import Config, DPOConfig, InferenceConfig, SamplingConfig, TrainingConfig
 from psycho.errors import StageFailed
@@ -95,7 +96,7 @@ def test_engines_hold_what_was_sent_and_not_what_is_on_disk(
 
     rollout.use(first)
     before = _said(rollout, first)
-    way = DirectTransport(trainer, Engines(rollout), first, connect)
+    way = DirectTransport(trainer, Engines(rollout), first, connect, 300)
     names = rollout.incarnations(first)
     for seed in (0, 1):
         trainer.fit(trainer.groups(ROWS)[0], seed)
@@ -112,17 +113,23 @@ def test_engines_hold_what_was_sent_and_not_what_is_on_disk(
     assert _said(rollout, first) == before
 
 
-def test_half_a_transfer_is_no_model(rollout: WorkerPool, trainer: Any, tiny_llama: Callable[..., str]) -> None:
-    """A transfer that broke off leaves engines that read the folder when they are next asked."""
+def test_half_a_transfer_is_no_model(rollout: WorkerPool, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """Engines whose transfer broke off start anew: vLLM would go on counting at the layer that is half there."""
     first = tiny_llama(0)
     rollout.use(first)
-    before = _said(rollout, first)
+    before, names = _said(rollout, first), rollout.incarnations(first)
+    part = dict(load_file(Path(tiny_llama(2), "model.safetensors")))
+    halves = {name: value for name, value in part.items() if name.endswith("layers.0.self_attn.q_proj.weight")}
+    assert len(halves) == 1
+    save_file(halves, tmp_path / "half.safetensors")
     client = PoolClient(rollout)
     client.init_weight_transfer_engine({"rank_offset": 1})
     client.start_weight_update()
+    client.update_weights({"file": str(tmp_path / "half.safetensors")})
     with pytest.raises(Exception, match="no_such_file"):
         client.update_weights({"file": "/no_such_file.safetensors"})
     assert _said(rollout, first) == before
+    assert set(names).isdisjoint(rollout.incarnations(first))
 
 
 def test_on_a_cpu_the_folder_is_the_way(trainer: Any, tiny_llama: Callable[..., str]) -> None:
@@ -169,6 +176,6 @@ def test_an_engine_that_fails_is_told_to_all_ranks(trainer: Any, tiny_llama: Cal
             raise ConnectionError("gone")
 
     engines: Any = Engines(Broken())  # type: ignore[arg-type]
-    way = DirectTransport(trainer, engines, tiny_llama(0), lambda client, source: None)
+    way = DirectTransport(trainer, engines, tiny_llama(0), lambda client, source: None, 60)
     with pytest.raises(StageFailed, match="asking the engines: ConnectionError: gone"):
         way.send("a", "b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -98,6 +99,39 @@ def test_a_text_that_no_engine_takes_is_left_out(nano_tokenizer: Any) -> None:
     reader: Any = _Reader(now=-1.0)
     texts = [([{"role": "user", "content": "I am tired. " * 30}], "I hear you.")]
     assert watch.divergence(reader, nano_tokenizer, "now", "now", texts) == {}
+
+
+def _moved(texts: list[list[float]], size: float, seed: int) -> list[list[float]]:
+    chance = random.Random(seed)
+    return [[value + chance.gauss(0, size) for value in text] for text in texts]
+
+
+@pytest.mark.parametrize("step", [0.3, 0.02])
+def test_an_engine_that_keeps_its_weights_is_caught_where_rounding_hides_it(step: float) -> None:
+    """The change of a round is within the tolerance of a token in 16 bits; over all tokens it shows."""
+    first = [[-1.0] * 100, [-2.0] * 300]
+    later = _moved(first, step, 1)
+    before = proof.Read(first, [_moved(first, 0.02, 2), _moved(first, 0.02, 3)])
+    taken, kept = _moved(later, 0.02, 4), _moved(first, 0.02, 5)
+    proof.check(later, [taken, kept], 2.0)
+    proof.check_followed(before, proof.Read(later, [taken, _moved(later, 0.02, 6)]))
+    with pytest.raises(StageFailed, match=r"engine 1 did not take the new weights: .* moved by -?0\.\d\d of what"):
+        proof.check_followed(before, proof.Read(later, [taken, kept]))
+
+
+def test_a_change_that_is_lost_in_the_rounding_proves_nothing() -> None:
+    first = [[-1.0] * 100]
+    before = proof.Read(first, [_moved(first, 0.02, 2)])
+    for now in (first, _moved(first, 0.001, 1)):
+        proof.check_followed(before, proof.Read(now, [_moved(first, 0.02, 5)]))
+
+
+def test_weights_that_cannot_be_proven_are_said(nano_tokenizer: Any) -> None:
+    speeches = [{"speech_id": "s", "question": "I am tired. " * 40}]
+    with pytest.raises(StageFailed, match=r"fits into 16 tokens.*raise training.max_length"):
+        proof.probes(speeches, None, nano_tokenizer, 2, 16)
+    assert proof.probes(speeches, None, nano_tokenizer, 0, 16) == []
+    assert len(proof.probes(speeches, None, nano_tokenizer, 2, 512)) == 1
 
 
 def test_the_proof_names_worker_text_and_tolerance() -> None:

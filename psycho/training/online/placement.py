@@ -84,15 +84,18 @@ def _check_turns(config: Config) -> None:
             f"under online.placement colocate every engine shares the GPU of a training worker, and inference.workers "
             f"{inference.workers} is more than training.workers {training.workers}; lower it"
         )
-    scorers = 0.0
-    if online.rewarded:  # where they are parts of a GPU, all of them could be put on one
-        each = inference.gpus_per_worker if online.scorer_gpus_per_worker is None else online.scorer_gpus_per_worker
-        scorers = each * (online.scorer_workers or inference.workers) if each < 1 else 0.0
+    scorers = _parts_of_gpus(config)
+    if training.workers > 1 and inference.gpus_per_worker + 2 * training.gpus_per_worker <= 1 + 1e-6:
+        raise BadInput(
+            f"under online.placement colocate two training workers of training.gpus_per_worker "
+            f"{training.gpus_per_worker:g} could be put on one GPU beside an engine of inference.gpus_per_worker "
+            f"{inference.gpus_per_worker:g}; raise them, to 0.3 and 0.6, say"
+        )
     if inference.gpus_per_worker + training.gpus_per_worker + scorers > 1 + 1e-6:
         raise BadInput(
             "under online.placement colocate a GPU holds an engine, a training worker and what scores, and "
             f"inference.gpus_per_worker {inference.gpus_per_worker:g}, training.gpus_per_worker "
-            f"{training.gpus_per_worker:g} and the reward model's workers ({scorers:g}) are over 1 together; set 0.6, "
+            f"{training.gpus_per_worker:g} and the workers that score ({scorers:g}) are over 1 together; set 0.6, "
             "0.3 and online.scorer_gpus_per_worker=0.1, say"
         )
     if inference.workers > 1 and inference.gpus_per_worker <= 0.5:
@@ -100,6 +103,20 @@ def _check_turns(config: Config) -> None:
             f"under online.placement colocate two engines of inference.gpus_per_worker {inference.gpus_per_worker:g} "
             "could be put on one GPU; set it above 0.5"
         )
+
+
+def _parts_of_gpus(config: Config) -> float:
+    """Of all workers that score and hold less than a GPU each: all of them could be put on one."""
+    online, inference = config.online, config.inference
+    shares = [online.scorer_gpus_per_worker] if online.rewarded else []
+    judges = [config.judge if online.judged else None, config.evaluation.judge if online.gold_every else None]
+    shares += [
+        judge.gpus_per_worker
+        for judge in judges  # one without anything of its own may take turns with the policy in its engines
+        if judge and (judge.engine is not None or judge.gpus_per_worker is not None or online.scorer_workers)
+    ]
+    each = [inference.gpus_per_worker if share is None else share for share in shares]
+    return sum(share for share in each if share < 1) * (online.scorer_workers or inference.workers)
 
 
 def engine_of(config: Config, engine: EngineConfig, policy: bool) -> EngineConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,11 +22,25 @@ _ANSWERS = (
 )
 
 
+_DOUBT, _SLOPE = 0.1, 0.5
+
+
+class Read(NamedTuple):
+    """Log-probabilities of the probes' tokens: the trainer's, and each engine's."""
+
+    trainer: Sequence[Sequence[float]]
+    engines: Sequence[Sequence[list[float] | None]]
+
+
 def probes(
     speeches: Sequence[Mapping[str, str]], system: str | None, tokenizer: Any, count: int, max_length: int
 ) -> list[Encoded]:
-    """Fixed texts: a speech and an answer each, every token of which counts."""
-    found = []
+    """Fixed texts: a speech and an answer each, every token of which counts.
+
+    Raises:
+        StageFailed: none is short enough.
+    """
+    found: list[Encoded] = []
     for place, speech in enumerate(sorted(speeches, key=lambda row: row["speech_id"])):
         answer = {"role": "assistant", "content": _ANSWERS[place % len(_ANSWERS)]}
         row = encode_conversation(tokenizer, [*prompt(speech, system), answer], other_weight=1.0, last=True)
@@ -34,6 +48,11 @@ def probes(
             found.append(row)
         if len(found) == count:
             break
+    if count and not found:
+        raise StageFailed(
+            f"no speech with an answer fits into {max_length} tokens, so that the weights of the engines cannot be "
+            "proven; raise training.max_length and inference.engine.max_model_len, or set online.probes=0"
+        )
     return found
 
 
@@ -69,3 +88,36 @@ def check(
                 )
             largest = max(largest, difference)
     return largest
+
+
+def check_followed(before: Read, now: Read) -> None:
+    """Every engine has moved as the trainer has since the reading before; both readings have passed `check`.
+
+    In 16 bits the tolerance for the rounding of one token is wider than what a round changes, so that an engine which
+    kept its old weights would pass. Over all tokens the rounding averages out: the slope of the engine's change on the
+    trainer's is 1 where the weights arrived and 0 where they did not. Not asked where the change is lost in the
+    rounding.
+
+    Raises:
+        StageFailed: the slope is nearer to 0.
+    """
+    moved = _change(before.trainer, now.trainer)
+    size = math.sqrt(sum(value * value for value in moved))
+    for worker, (old, new) in enumerate(zip(before.engines, now.engines, strict=True)):
+        rounding = _change(before.trainer, old)
+        noise = math.sqrt(2 * sum(value * value for value in rounding) / max(1, len(rounding)))
+        if noise >= _DOUBT * size:  # their quotient is the standard error of the slope
+            continue
+        slope = sum(one * other for one, other in zip(moved, _change(old, new), strict=True)) / size**2
+        if slope < _SLOPE:
+            raise StageFailed(
+                f"engine {worker} did not take the new weights: what it says of the probes moved by {slope:.2f} of "
+                "what the policy in training moved; give the same command again, with online.transport=disk if it "
+                "stays so"
+            )
+
+
+def _change(one: Sequence[Sequence[float] | None], other: Sequence[Sequence[float] | None]) -> list[float]:
+    """Token by token, all texts in a row."""
+    pairs = [(first or (), second or ()) for first, second in zip(one, other, strict=True)]
+    return [b - a for first, second in pairs for a, b in zip(first, second, strict=True)]

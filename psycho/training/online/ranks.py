@@ -25,7 +25,8 @@ def on_first(what: str, call: Callable[[], T]) -> T:
         except StageFailed as error:
             outcome[1] = str(error)
         except Exception as error:  # every rank must hear of it, or the others would wait for ever
-            outcome[1] = f"{what}: {type(error).__name__}: {error}"
+            cause = getattr(error, "cause", None) or error  # what a worker raised, without its traceback
+            outcome[1] = f"{what}: {type(cause).__name__}: {cause}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1]:
         raise StageFailed(outcome[1])

@@ -68,7 +68,8 @@ class Rollout:
             own = samples[index * k : (index + 1) * k]
             texts, values = [row["response"] for row in own], [row["value"] for row in own]
             found = speech_pairs(texts, values, [row["safety"] for row in own], online, seed)
-            ties += len({v for v in values if v is not None}) == 1
+            known = [v for v in values if v is not None]
+            ties += len(known) > 1 and len(set(known)) == 1
             for chosen, rejected in found:
                 pairs.append(
                     {

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from psycho import storage
 from psycho.config import Config, TrainingConfig
-from psycho.errors import StageFailed
+from psycho.errors import StageFailed, WaitTimedOut
 from psycho.inference.requests import prompt
 from psycho.schema import stable_seed
 from psycho.training.launch import read_rows
@@ -35,7 +34,7 @@ from psycho.training.online.ranks import on_first
 from psycho.training.online.reference import FixedReference
 from psycho.training.online.rollout import Rollout, Sampled, Speech
 from psycho.training.online.state import RoundStore, load_optimizer, save_optimizer
-from psycho.training.online.transport import transport
+from psycho.training.online.transport import DiskTransport, transport
 from psycho.training.online.turns import Turns
 
 Row = dict[str, Any]
@@ -71,19 +70,28 @@ class Rounds:
     def __init__(self, job: OnlineJob) -> None:
         self.job, self.online, self.seed = job, job.config.online, job.config.seed
         self.store, self.clock = RoundStore(job.work), Clock()
+        self.notes: list[str] = []
+        self.turns = Turns(job.config, job.rollout.engines)
         self.done = on_first("going on", self._resume)
         with self.clock("start"):
+            self.turns.rest()  # where an earlier try left them awake, there is no room for the trainer
             policy = self.store.policy(self.done, job.policy)
             self.trainer = Trainer("dpo", policy, self.online, job.training, self.seed)
-            if self.done and self.store.training(self.done)["world"] == self.trainer.world:
+            if self.done and self.store.training(self.done)["shards"] == self._shards():
                 load_optimizer(self.trainer.engine, policy)
+            elif self.done:
+                self.notes.append(
+                    f"the optimizer started anew after round {self.done}, for its state is that of other workers or of "
+                    "another ZeRO stage"
+                )
             self.fixed = self._fixed_reference()
             self.transport = transport(job.config, self.trainer, job.rollout.engines, policy)
-            self.turns = Turns(job.config, job.rollout.engines)
         tokenizer = copy.deepcopy(self.trainer.tokenizer)  # one that the thread of samples has for itself
         system = job.config.generation.system_prompt
         speeches = [*job.speeches, *job.dev]
-        self.probes = proof.probes(speeches, system, tokenizer, self.online.probes, job.training.max_length)
+        longest = min(job.training.max_length, job.config.inference.engine.max_model_len or job.training.max_length)
+        self.probes = proof.probes(speeches, system, tokenizer, self.online.probes, longest)
+        self.read: proof.Read | None = None
         self.tokenizer = tokenizer
         self.threads = ThreadPoolExecutor(1, thread_name_prefix="samples")
         self.ahead: Future[None] | None = None
@@ -104,7 +112,7 @@ class Rounds:
         on_first("writing the model", self._publish)
 
     def _round(self, number: int) -> None:
-        on_first(f"round {number}", lambda: self._sampled(number, self.clock))
+        on_first(f"round {number}", lambda: self._draw(number))
         if dist.get_rank() == 0 and self.online.staleness and number + 1 < self.online.rounds:
             self.ahead = self.threads.submit(self._sampled, number + 1, Clock())
         with self.clock("sync"):
@@ -114,12 +122,18 @@ class Rounds:
         self._save(number + 1, report)
         if self.online.staleness:
             with self.clock("waiting"):
-                on_first(f"round {number + 1}", self._join)
+                on_first(f"round {number + 1}", lambda: self._join(number + 1))
         with self.clock("sync"):
             self._send(number + 1)
         facts = self._settle(number + 1) | self.turns.facts()
         on_first("writing", lambda: self._finish(number + 1, facts))
         self.clock = Clock()
+
+    def _shards(self) -> Row:
+        """What DeepSpeed's own state of the optimizer fits."""
+        training = self.job.training
+        names = ("zero_stage", "offload_optimizer", "offload_parameters", "precision")
+        return {"world": self.trainer.world} | {name: getattr(training, name) for name in names}
 
     def _note(self, facts: Row) -> None:
         """What was found at the start, where an earlier try did not come to note it."""
@@ -140,6 +154,11 @@ class Rounds:
         if self.online.reference != "fixed" or not self.trainer.objective.needs_reference:
             return None
         return FixedReference(self.trainer, self.job.policy, storage.join(self.job.work, "references"))
+
+    def _draw(self, number: int) -> None:
+        """Have the samples of a round, within the limit."""
+        self.ahead = self.threads.submit(self._sampled, number, self.clock)
+        self._join(number)
 
     def _sampled(self, number: int, clock: Clock) -> None:
         """The first half of a round, unless it is on disk; rank 0 alone."""
@@ -186,12 +205,13 @@ class Rounds:
     def _save(self, index: int, report: Row) -> None:
         """The second half of a round; collective."""
         folder = Path(on_first("writing", lambda: str(self.store.aside())))
-        with self.clock("sync"):
+        # Where the engines read the folder, writing it is half of the way there.
+        with self.clock("sync" if isinstance(self.transport, DiskTransport) else "checkpoint"):
             self.trainer.save(str(folder / "policy"))
         with self.clock("checkpoint"):
             save_optimizer(self.trainer.engine, folder)
             dist.barrier()
-            report |= {"world": self.trainer.world}
+            report |= {"shards": self._shards()}
             on_first("writing", lambda: self.store.keep_trained(index, folder, report))
 
     def _send(self, index: int) -> None:
@@ -201,10 +221,12 @@ class Rounds:
         self.transport.send(policy, before)
         self.turns.wake()
 
-    def _join(self) -> None:
-        if self.ahead:
-            self.ahead.result(timeout=self.online.round_timeout_s)
-        self.ahead = None
+    def _join(self, number: int) -> None:
+        waiting, self.ahead = self.ahead, None
+        if waiting:
+            if not wait([waiting], self.online.round_timeout_s).done:
+                raise WaitTimedOut(f"the samples of round {number}", self.online.round_timeout_s)
+            waiting.result()
 
     def _settle(self, index: int) -> Row:
         """The engines hold the policy after `index` rounds, which is proven, and its dev score; collective."""
@@ -223,8 +245,12 @@ class Rounds:
     def _prove(self, policy: str, said: Sequence[Sequence[float]]) -> float:
         exact = (self.job.training.precision, self.job.config.inference.engine.dtype) == ("fp32", "float32")
         tolerance = self.online.sync_tolerance or (_EXACT if exact else _ROUNDED)
-        rollout = self.job.rollout.engines.rollout
-        return proof.check(said, rollout.read_by_each(policy, [row.ids for row in self.probes]), tolerance)
+        found = self.job.rollout.engines.rollout.read_by_each(policy, [row.ids for row in self.probes])
+        error = proof.check(said, found, tolerance)
+        before, self.read = self.read, proof.Read(said, found)
+        if before:
+            proof.check_followed(before, self.read)
+        return error
 
     def _dev_score(self, index: int, policy: str) -> float | None:
         known, self.answers = self.store.after(index).get("dev_score"), []
@@ -264,6 +290,6 @@ class Rounds:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(self.store.policy(chosen, self.job.policy), aside)
         write_history(aside, [row for index in range(trained) for row in self.store.training(index + 1)["history"]])
-        write_notes(aside, self.trainer.notes)
+        write_notes(aside, [*self.trainer.notes, *self.notes])
         Path(aside, "rounds.json").write_text(json.dumps(reports), encoding="utf-8")
-        os.replace(aside, self.job.output)
+        storage.publish(aside, self.job.output)  # an earlier try may have come as far as this, and died after it

@@ -6,7 +6,7 @@
 
 A half is written aside and renamed, so an interrupted job goes on from the last one that is there. A worker can outlive
 its killed driver for a moment and write the same half once more: the later one replaces the earlier, and as content
-depends on seeds alone they say the same.
+depends on seeds they say the same, but for rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RoundStore:
 
     def tidy(self) -> None:
         """Remove what was being written when an earlier try was interrupted."""
-        for aside in self._folder.glob(f"{_ASIDE}*"):
+        for aside in [*self._folder.glob(f"{_ASIDE}*"), *self._folder.glob("*.old")]:
             storage.remove(str(aside))
 
     def aside(self) -> Path:
@@ -78,7 +78,7 @@ class RoundStore:
         return _read(self._folder / f"after-{index}.json")
 
     def training(self, index: int) -> Row:
-        """The report of the round's training (`history`, `world`)."""
+        """The report of the round's training (`history`, `shards`)."""
         return _read(self._folder / f"trained-{index}" / "report.json")
 
     def rounds(self) -> list[Row]:

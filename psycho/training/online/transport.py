@@ -8,7 +8,10 @@ by NCCL to GPUs of their own, or by CUDA IPC to engines on the trainer's GPUs, w
 from __future__ import annotations
 
 import faulthandler
+import os
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -20,6 +23,8 @@ from psycho.training.online.engines import Engines
 from psycho.training.online.placement import transport_of
 from psycho.training.online.ranks import on_first
 from psycho.training.online.weights import WeightStream, check_names
+
+_GRACE_S = 30.0
 
 
 class Transport(Protocol):
@@ -43,8 +48,13 @@ class DiskTransport:
 class DirectTransport:
     """From GPU to GPU by vLLM's weight transfer; `connect` makes its trainer side."""
 
-    def __init__(self, trainer: Any, engines: Engines, policy: str, connect: Callable[[Any, Any], Any]) -> None:
-        """`policy`: the folder that the engines started from.
+    def __init__(
+        self, trainer: Any, engines: Engines, policy: str, connect: Callable[[Any, Any], Any], limit_s: float
+    ) -> None:
+        """
+        Args:
+            policy: the folder that the engines started from.
+            limit_s: the longest that a send may take.
 
         Raises:
             BadInput: this architecture cannot be sent so.
@@ -52,23 +62,37 @@ class DirectTransport:
         self._engines, self._connect = engines, connect
         self._stream = WeightStream(trainer)
         check_names(self._stream, policy)
-        self._limit = trainer.training.collective_timeout_s
+        self._limit_s = limit_s
         self._sender: Any = None
         self._seen: list[str] = []
 
     def send(self, policy: str, before: str) -> None:
-        """Connects anew where an engine was started again. A send that hangs ends the process, with a traceback: the
-        other side of a collective cannot be told, and the job goes on from disk when it is given again."""
+        """Connects anew where an engine was started again. A send that hangs ends the process, and says so: the other
+        side of a collective cannot be told, and the job goes on from disk when it is given again."""
         pool = self._engines.rollout
         seen = on_first("asking the engines", lambda: pool.incarnations(before))
-        faulthandler.dump_traceback_later(self._limit, exit=True, file=2)
+        late = threading.Timer(self._limit_s, _give_up, (self._limit_s,))
+        late.daemon = True
+        late.start()
+        faulthandler.dump_traceback_later(self._limit_s + _GRACE_S, exit=True, file=2)  # where no thread gets a turn
         try:
             if seen != self._seen:
                 self._sender, self._seen = self._connect(PoolClient(pool), as_source(self._stream)), seen
             self._sender.send_weights()
         finally:
+            late.cancel()
             faulthandler.cancel_dump_traceback_later()
         on_first("new weights", lambda: pool.holds(policy))
+
+
+def _give_up(limit_s: float) -> None:
+    """The sentence of a send that hangs, and the end of this process."""
+    said = f"waited {limit_s:.0f} s (training.collective_timeout_s) for the engines to take new weights and gave up"
+    print(
+        f"{said}; give the same command again, with online.transport=disk if it stays so", file=sys.stderr, flush=True
+    )
+    faulthandler.dump_traceback(file=2)
+    os._exit(1)
 
 
 class PoolClient:
@@ -120,8 +144,10 @@ def transport(config: Config, trainer: Any, engines: Engines, policy: str) -> Tr
     way = transport_of(config)
     if way == "disk":
         return DiskTransport()
-    size = config.online.sync_bucket_mib * 2**20
-    return DirectTransport(trainer, engines, policy, lambda client, source: _connect(way, client, source, size))
+    size, limit_s = config.online.sync_bucket_mib * 2**20, config.training.collective_timeout_s
+    return DirectTransport(
+        trainer, engines, policy, lambda client, source: _connect(way, client, source, size), limit_s
+    )
 
 
 def bucket_bytes(source: Any, size: int) -> int:

@@ -35,13 +35,13 @@ class Turns:
         """Room for new weights in the engines that sample."""
         if self._on:
             self._note("trained")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # the training's own, which the engines could not have
+            _give_back()
             on_first("engines waking", lambda: self._engines.rollout.wake(["weights"]))
 
     def wake(self) -> None:
         """All of the engines."""
         if self._on:
+            _give_back()
             on_first("engines waking", self._engines.wake)
             self._note("awake")
 
@@ -51,6 +51,12 @@ class Turns:
 
     def _note(self, step: str) -> None:
         self.gpu_gib[step] = round(used_gib(), 3)
+
+
+def _give_back() -> None:
+    """What the training holds on the GPU and does not use, which the engines could not have."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def used_gib() -> float:

@@ -47,10 +47,12 @@ class WeightStream:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole weight). A weight is the receiver's, and no view of what the trainer goes on changing."""
         for group in self.groups:
+            _settle()  # nobody reads any more what the last group was cloned into
             own = [self._parameters[name] for name in group]
             with torch.no_grad(), self._whole(own):
                 state = {name: value.detach() for name, value in zip(group, own, strict=True)}
                 plain = {name: value.clone() for name, value in self._plain(state).items()}
+            _settle()
             yield from plain.items()
 
     def _whole(self, parameters: list[Any]) -> AbstractContextManager[Any]:
@@ -67,6 +69,12 @@ class WeightStream:
         if self._tied:
             plain.pop(_HEAD, None)
         return plain
+
+
+def _settle() -> None:
+    """Who sends takes turns between streams of the GPU, so that no one stream orders the clones and their readers."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def layers(names: list[str]) -> list[list[str]]:
