@@ -63,7 +63,6 @@ def test_vllm_says_what_transformers_says_of_reward_and_heads(local_ray: None, h
     try:
         ray.get(actor.use.remote(with_heads(headed, str(tmp_path / "both")), "pooling"), timeout=300)
         found = ray.get(actor.labels.remote(TALKS), timeout=300)
-        assert ray.get(actor.score.remote(TALKS), timeout=300) == [row[0] for row in found]
     finally:
         ray.kill(actor)
     assert [len(row) for row in found] == [8] * 3
