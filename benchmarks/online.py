@@ -3,19 +3,23 @@
     python -m benchmarks.online [--rounds 8] [--restarts 2] [--stale 5] [--quick]
 
 All arms run on the nano models with the settings of `configs/nano.yaml` (the judge scores) and 64 speeches x 8 samples
-a round. (1) `--rounds` rounds in one job. (2) The same rounds as jobs of one round
-each, as a shell loop does it: vLLM, Ray Train and the optimizer start anew, from the policy that the one before left.
-(3) `--stale` rounds with staleness 1. The first round of a job also holds its start, so shares are of all its rounds
-together. `overhead_share` is (sync + checkpoint + waiting + start) / wall over all rounds but the first;
-`overhead_share_with_start` over all of them. `round_vs_restart` is the seconds of a round in (2) over one in (1), both
-from the command to the finished model, starts included. `async_wall_vs_longest_phase` is, over the middle rounds of
-(3), the wall time of a round over the longer of its training and the next round's sampling and scoring.
+a round. (1) `--rounds` rounds in one job. (2) The same rounds as jobs of one round each, as a shell loop does it: vLLM,
+Ray Train and the optimizer start anew, from the policy that the one before left. (3) `--stale` rounds with staleness 1.
+(4) A round's samples scored by a reward model of the policy's size in an engine of its own, which begins with the first
+samples, or when all are there: `scored_beside_vs_after`.
+
+The first round of a job also holds its start, so shares are of all its rounds together. `overhead_share` is (sync +
+checkpoint + waiting + start) / wall over all rounds but the first; `overhead_share_with_start` over all of them.
+`round_vs_restart` is the seconds of a round in (2) over one in (1), both from the command to the finished model, starts
+included. `async_wall_vs_longest_phase` is, over the middle rounds of (3), the wall time of a round over the longer of
+its training and the next round's sampling and scoring.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -91,6 +95,47 @@ def async_ratio(reports: Sequence[Report]) -> float:
     return walls / longest if longest else float("nan")
 
 
+def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[float, float]:
+    """Seconds of a round's sampling and scoring: scored while others are sampled, and after all are. Medians.
+
+    The reward model has random weights, which cost what trained ones cost. The first turn of each is not counted.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from psycho.inference.requests import prompt
+    from psycho.nano import build
+    from psycho.training.online.clock import Clock
+    from psycho.training.online.engines import engines
+    from psycho.training.online.rollout import Rollout
+
+    reward = str(folder / "reward")
+    model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1, pad_token_id=0)
+    model.save_pretrained(reward)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(reward)
+    made = build.speeches(base.nano, SPEECHES * 4, 2, base.seed)
+    speeches = [row for row in made if row["split"] == "train"][:SPEECHES]
+    asked = [speech for speech in speeches for _ in range(SAMPLES)]
+    prompts, seeds = [prompt(speech, None) for speech in asked], list(range(len(asked)))
+    one = base.inference.model_copy(update={"workers": 1})  # one core samples, one scores
+    online = base.online.model_copy(update={"scorer": "reward"})
+    config = base.model_copy(update={"online": online, "inference": one})
+    beside, after = [], []
+    with engines(config, policy, reward) as workers:
+        workers.wait(policy)
+        rollout = Rollout(workers, config)
+        for _ in range(turns):
+            began = time.perf_counter()
+            rollout.draw(policy, speeches, SAMPLES, seeds, Clock())
+            beside.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            answers = workers.rollout.sample(policy, prompts, seeds, online.sampling)
+            said = [{"role": "assistant", "content": answer.text.strip()} for answer in answers]
+            assert workers.reward
+            workers.reward.reward(reward, [[*talk, own] for talk, own in zip(prompts, said, strict=True)])
+            after.append(time.perf_counter() - began)
+    return statistics.median(beside[1:]), statistics.median(after[1:])
+
+
 def table(arms: dict[str, list[Report]]) -> Table:
     """A row a round."""
     out = Table("job", "round", *PHASES, "wall", "pairs", "sync error")
@@ -113,6 +158,7 @@ def measure(
     kept, kept_s = rounds_of(settings(base, rounds), policy, folder / "kept")
     anew_s = restarted(base, policy, folder, restarts)
     late, _ = rounds_of(settings(base, stale, staleness=1), policy, folder / "stale")
+    beside, after = scoring(base, policy, folder)
     return {"kept alive": kept, "staleness 1": late}, {
         "overhead_share": share(kept[1:]),
         "overhead_share_with_start": share(kept),
@@ -121,6 +167,9 @@ def measure(
         "round_vs_restart": (anew_s / restarts) / (kept_s / rounds),
         "steady_round_vs_restart": (anew_s / restarts) / (sum(r["seconds"]["wall"] for r in kept[1:]) / (rounds - 1)),
         "async_wall_vs_longest_phase": async_ratio(late),
+        "scored_beside_s": beside,
+        "scored_after_s": after,
+        "scored_beside_vs_after": beside / after,
         "rounds": rounds,
         "samples_per_round": SPEECHES * SAMPLES,
     }
