@@ -148,6 +148,11 @@ def test_nothing_scored_is_no_pair_and_no_crash() -> None:
     assert (report["failed"], report["mean_score"]) == (8, 0.0)
 
 
+def test_one_score_alone_is_no_tie() -> None:
+    _, report = _round(_rollout(FakePool(TEXTS, [3.0, None, None, None, 2.0, 2.0, None, None])))
+    assert report["ties"] == 0.5
+
+
 def test_every_sample_has_a_seed_of_its_own() -> None:
     """By round, speech and sample; the same again when asked again."""
     asked = []
