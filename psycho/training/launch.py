@@ -140,6 +140,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     reporter: Reporter | None = config["reporter"]
     setup_worker(training)
     for job in config["jobs"]:
+        if Path(job.output).exists():  # finished, before a worker was lost and the group started again
+            continue
         own = training.model_copy(update=job.overrides)
         trainer = Trainer(job.kind, job.model, job.settings, own, job.seed)
         groups, too_long = trainer.groups(read_rows(job.data))

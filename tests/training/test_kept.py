@@ -83,10 +83,18 @@ def test_best_without_dev_pairs_is_refused(tmp_path: Path) -> None:
         stage.dev_rows(job, stage.preference_rows)
 
 
+def test_what_is_finished_is_not_trained_again(one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path) -> None:
+    """Where a worker is lost after that, the group starts again with all of its jobs."""
+    file = _run(tmp_path, tiny_llama(0)) / "model.safetensors"
+    before = file.stat()
+    assert _run(tmp_path, tiny_llama(0)) == file.parent
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 def test_a_checkpoint_outlives_changed_timeouts_but_not_another_loss(
     one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path
 ) -> None:
-    """A person raises a timeout after a failure: what was done is not lost."""
+    """A person raises a timeout after a failure, or lowers what needs memory: what was done is not lost."""
 
     class Killed(Exception):
         pass
@@ -106,7 +114,7 @@ def test_a_checkpoint_outlives_changed_timeouts_but_not_another_loss(
         return seen
 
     short = DPO.model_copy(update={"batch_size": 2})
-    patient = TRAINING.model_copy(update={"collective_timeout_s": 3600.0, "max_failures": 3})
+    patient = TRAINING.model_copy(update={"collective_timeout_s": 3600.0, "max_failures": 3, "bin_tokens": 300})
     assert steps(short, TRAINING, kill=True) == [0, 1]
     assert steps(short, patient, kill=True)[0] == 1
     assert steps(short.model_copy(update={"beta": 0.5}), patient, kill=False)[0] == 0
