@@ -104,6 +104,7 @@ def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[fl
 
     from psycho.inference.requests import prompt
     from psycho.nano import build
+    from psycho.schema import stable_seed
     from psycho.training.online.clock import Clock
     from psycho.training.online.engines import engines
     from psycho.training.online.rollout import Rollout
@@ -115,7 +116,8 @@ def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[fl
     made = build.speeches(base.nano, SPEECHES * 4, 2, base.seed)
     speeches = [row for row in made if row["split"] == "train"][:SPEECHES]
     asked = [speech for speech in speeches for _ in range(SAMPLES)]
-    prompts, seeds = [prompt(speech, None) for speech in asked], list(range(len(asked)))
+    prompts = [prompt(speech, base.generation.system_prompt) for speech in asked]
+    seeds = iter(range(turns * 2))  # others for every draw, or the engines would find the answers in their caches
     one = base.inference.model_copy(update={"workers": 1})  # one core samples, one scores
     online = base.online.model_copy(update={"scorer": "reward"})
     config = base.model_copy(update={"online": online, "inference": one})
@@ -124,11 +126,13 @@ def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[fl
         workers.wait(policy)
         rollout = Rollout(workers, config)
         for _ in range(turns):
+            drawn = [stable_seed(next(seeds), place) for place in range(len(asked))]
             began = time.perf_counter()
-            rollout.draw(policy, speeches, SAMPLES, seeds, Clock())
+            rollout.draw(policy, speeches, SAMPLES, drawn, Clock())
             beside.append(time.perf_counter() - began)
+            drawn = [stable_seed(next(seeds), place) for place in range(len(asked))]
             began = time.perf_counter()
-            answers = workers.rollout.sample(policy, prompts, seeds, online.sampling)
+            answers = workers.rollout.sample(policy, prompts, drawn, online.sampling)
             said = [{"role": "assistant", "content": answer.text.strip()} for answer in answers]
             assert workers.reward
             workers.reward.reward(reward, [[*talk, own] for talk, own in zip(prompts, said, strict=True)])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from psycho import storage
-from psycho.config import ENGINE_ROUNDING, TRAINING_ROUNDING, Config
+from psycho.config import ENGINE_ROUNDING, TRAINING_ROUNDING, Config, JudgeConfig
 from psycho.errors import BadInput
 from psycho.inference.endpoint import api_key
 from psycho.inference.models import check_model
@@ -124,15 +124,21 @@ def _train_dpo(config: Config) -> Settings:
     }
 
 
+def _asked(config: Config, judge: JudgeConfig) -> list[Any]:
+    """A judge that online DPO asks."""
+    return [judge.model_dump(mode="json", exclude=_JUDGE_ASIDE), identity(config, judge.model)]
+
+
 def _train_online(config: Config) -> Settings:
     where = {"round_timeout_s", "scorer_workers", "scorer_gpus_per_worker", "probes", "sync_tolerance"}
     where |= {"placement", "transport", "sync_bucket_mib", "sleep_level"}
+    aside: Any = {**dict.fromkeys(where, True), "scorer_engine": set(ENGINE_ROUNDING)}
     held_out = config.evaluation.judge
     return {
         "training": _training(config),
-        "online": config.online.model_dump(mode="json", exclude=where),
-        "judge": (config.judge, identity(config, config.judge.model)) if config.online.judged else None,
-        "held_out": (held_out, identity(config, held_out.model)) if held_out and config.online.gold_every else None,
+        "online": config.online.model_dump(mode="json", exclude=aside),
+        "judge": _asked(config, config.judge) if config.online.judged else None,
+        "held_out": _asked(config, held_out) if held_out and config.online.gold_every else None,
         "dev_share": config.pairs.dev_share,
         "engine": _engine(config),
         "seed": config.seed,
@@ -142,8 +148,8 @@ def _train_online(config: Config) -> Settings:
 def _evaluate(config: Config) -> Settings:
     judge = evaluation_judge(config)
     return {
-        "evaluation": config.evaluation,
-        "judge": judge,
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"judge"}),
+        "judge": judge.model_dump(mode="json", exclude=_JUDGE_ASIDE),
         "models": [identity(config, m) for m in (config.policy, judge.model, config.evaluation.baseline)],
         "engine": _engine(config),
         "seed": config.seed,

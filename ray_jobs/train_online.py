@@ -37,8 +37,10 @@ def train_online(job: Job) -> None:
         for folder in (output, work):
             Path(folder).parent.mkdir(parents=True, exist_ok=True)
         start = _local(job, "dpo")
-        # The other ranks wait in a collective while rank 0 has a round sampled and scored, and must not give up first.
-        limit = max(config.training.collective_timeout_s, online.round_timeout_s + 60)
+        # The other ranks wait in a collective while rank 0 asks the engines, and must not give up first.
+        inference = config.inference
+        first = max(online.round_timeout_s, inference.start_timeout_s + inference.batch_timeout_s)
+        limit = max(config.training.collective_timeout_s, first + 60)
         training = config.training.model_copy(update={"collective_timeout_s": limit})
         reward = _local(job, "reward") if online.rewarded else ""
         if online.head_weights:

@@ -63,7 +63,6 @@ HANGS_ON: dict[str, set[str]] = {
     "inference.env={A: '1'}": set(),
     "inference.engine.gpu_memory_utilization=0.5": set(),
     "inference.engine.max_num_seqs=7": set(),
-    "judge.engine={gpu_memory_utilization: 0.5, dtype: float32}": set(ALL) - {"prepare", "generate"},
     "training.start_timeout_s=7": set(),
     "training.workers=3": set(),
     "training.zero_stage=3": set(),
@@ -82,6 +81,25 @@ def keys(*overrides: str) -> dict[str, str]:
 def test_a_setting_changes_the_keys_of_what_hangs_on_it_and_no_other(override, expected):
     before, after = keys(), keys(override)
     assert {name for name in ALL if before[name] != after[name]} == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "judge.engine={gpu_memory_utilization: %s}",
+        "judge.panel=[{model: nano:base, engine: {gpu_memory_utilization: %s}}]",
+        "online.scorer_engine={gpu_memory_utilization: %s}",
+        "evaluation.judge={model: nano:base, engine: {gpu_memory_utilization: %s}}",
+        "generation.pool=[{name: one, model: nano:base, engine: {gpu_memory_utilization: %s}}]",
+    ],
+)
+def test_the_memory_of_an_engine_changes_no_key_and_its_own_context_does(setting):
+    """Lowering it is what one does after a job ran out of it, with hours of answers on disk."""
+    common = ["generation.models_per_speech=1"]
+    if "evaluation" in setting:
+        common += ["online.gold_every=1", "pairs.dev_share=0.1"]
+    low, high, other = (keys(*common, setting % value) for value in ("0.5", "0.9", "0.9, max_model_len: 99"))
+    assert low == high != other
 
 
 def test_the_reward_model_matters_online_only_where_it_scores():

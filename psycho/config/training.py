@@ -98,7 +98,10 @@ TRAINING_ROUNDING = frozenset({
     "env", "checkpoint_every_steps", "max_failures", "start_timeout_s", "collective_timeout_s", "cpus_per_worker",
     "threads_per_worker", "peak_tflops", "sequence_parallel", "bin_tokens",
 })  # fmt: skip
-"""Settings of training that change nothing but the rounding: an interrupted one goes on after they were changed."""
+"""Settings of training that change nothing but the rounding: an interrupted one goes on after they were changed.
+
+Bins under a group's size split it, which makes other steps: from then on it starts anew.
+"""
 
 
 class TrainingConfig(Section):

@@ -48,8 +48,8 @@ class Calls:
             StageFailed: a worker died too often.
         """
         self._waiting.append((place, send))
-        if self._running:
-            self._take(0)
+        while self._running and self._take(0):
+            pass
         self._hand_out()
 
     def finish(self) -> dict[int, list[Any]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_LOST_RANK = ("Executor failed", "Worker failed")  # vLLM's executor of several processes
 _SPARE = 16  # requests beyond the engine's slots, so that a slot never waits for us
 
 
@@ -39,9 +40,10 @@ class EngineFailed(Exception):
 
 
 def leave_if_dead(error: BaseException) -> None:
-    """End this process where the engine's own is gone: Ray gives what was asked of it to a fresh one."""
-    if "EngineDeadError" in (type(error).__name__, type(error.__cause__).__name__):
-        os._exit(1)
+    """End this process where the engine's own, or a rank of it, is gone: Ray gives what was asked to a fresh one."""
+    for each in (error, error.__cause__):
+        if type(each).__name__ == "EngineDeadError" or str(each).startswith(_LOST_RANK):
+            os._exit(1)
 
 
 class EngineLoop:

@@ -315,9 +315,11 @@ class VLLMWorker:
         """The weights that were transferred are those of `model`."""
 
         def work() -> None:
-            self._llm.collective_rpc("renew_head")
-            self._llm.reset_prefix_cache()
-            self.model, self.in_transfer = model, False
+            if self._llm is not None:  # else it was started again, and reads them when it is asked for them
+                self._llm.collective_rpc("renew_head")
+                self._llm.reset_prefix_cache()
+                self.model = model
+            self.in_transfer = False
 
         self._loop.run(work)
 

@@ -140,7 +140,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     reporter: Reporter | None = config["reporter"]
     setup_worker(training)
     for job in config["jobs"]:
-        if Path(job.output).exists():  # finished, before a worker was lost and the group started again
+        if _finished(job):  # before a worker was lost and the group started again
             continue
         own = training.model_copy(update=job.overrides)
         trainer = Trainer(job.kind, job.model, job.settings, own, job.seed)
@@ -169,6 +169,15 @@ def _train_worker(config: dict[str, Any]) -> None:
             shutil.rmtree(checkpoints, ignore_errors=True)
         dist.barrier()  # the next training may start from it
         trainer.close()
+
+
+def _finished(job: TrainJob) -> bool:
+    """What the first rank sees: on a shared file system the others may see it later."""
+    import torch.distributed as dist
+
+    seen = [Path(job.output).exists()]
+    dist.broadcast_object_list(seen, src=0)
+    return seen[0]
 
 
 def _trainer_class() -> Any:

@@ -171,7 +171,8 @@ class Trainer:
         every = self.training.checkpoint_every_steps
         if folder is None or every is None:
             return None
-        data = [response_key(group, index) for group in groups for index in range(len(group.responses))]
+        # Group by group: smaller bins may split some, and then the steps are others.
+        data = [[response_key(group, index) for index in range(len(group.responses))] for group in groups]
         training = self.training.model_dump(exclude=set(TRAINING_ROUNDING))
         key = content_key(self.settings.model_dump(), training, seed, data)
         return Checkpoints(folder, key, every, self.training.collective_timeout_s)

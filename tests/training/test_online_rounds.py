@@ -488,7 +488,8 @@ def test_engines_sleep_while_the_policy_trains(whole: Tried, tmp_path: Path, mon
         "wake all",
         "read",
     ]
-    start = ["sleep 2", "sleep 2", "wake all", "wake all", "use", "use", "read"]
+    start = ["wake all", "wake all", "use", "use", "sleep 2", "sleep 2"]
+    start += ["wake all", "wake all", "use", "use", "read"]
     assert names == [*start, *a_round, *a_round]
     assert _same(tried.weights, whole.weights)
     assert all(report["gpu_gib"].keys() == {"sampling", "asleep", "trained", "awake"} for report in tried.reports)

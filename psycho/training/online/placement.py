@@ -79,10 +79,10 @@ def _check_turns(config: Config) -> None:
             f"inference.engine.tensor_parallel_size is {inference.engine.tensor_parallel_size}; set it to 1 or "
             "online.placement=separate"
         )
-    if inference.workers > training.workers:
+    if inference.workers != training.workers:
         raise BadInput(
             f"under online.placement colocate every engine shares the GPU of a training worker, and inference.workers "
-            f"{inference.workers} is more than training.workers {training.workers}; lower it"
+            f"{inference.workers} is not training.workers {training.workers}; make them the same"
         )
     scorers = _parts_of_gpus(config)
     if training.workers > 1 and inference.gpus_per_worker + 2 * training.gpus_per_worker <= 1 + 1e-6:
