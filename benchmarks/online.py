@@ -117,7 +117,6 @@ def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[fl
     speeches = [row for row in made if row["split"] == "train"][:SPEECHES]
     asked = [speech for speech in speeches for _ in range(SAMPLES)]
     prompts = [prompt(speech, base.generation.system_prompt) for speech in asked]
-    seeds = iter(range(turns * 2))  # others for every draw, or the engines would find the answers in their caches
     one = base.inference.model_copy(update={"workers": 1})  # one core samples, one scores
     online = base.online.model_copy(update={"scorer": "reward"})
     config = base.model_copy(update={"online": online, "inference": one})
@@ -125,12 +124,12 @@ def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[fl
     with engines(config, policy, reward) as workers:
         workers.wait(policy)
         rollout = Rollout(workers, config)
-        for _ in range(turns):
-            drawn = [stable_seed(next(seeds), place) for place in range(len(asked))]
+        for turn in range(turns):  # other seeds each time, or the engines would find the answers in their caches
+            drawn = [stable_seed("beside", turn, place) for place in range(len(asked))]
             began = time.perf_counter()
             rollout.draw(policy, speeches, SAMPLES, drawn, Clock())
             beside.append(time.perf_counter() - began)
-            drawn = [stable_seed(next(seeds), place) for place in range(len(asked))]
+            drawn = [stable_seed("after", turn, place) for place in range(len(asked))]
             began = time.perf_counter()
             answers = workers.rollout.sample(policy, prompts, drawn, online.sampling)
             said = [{"role": "assistant", "content": answer.text.strip()} for answer in answers]
