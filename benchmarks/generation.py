@@ -65,7 +65,7 @@ def prompts(count: int) -> list[list[dict[str, str]]]:
 def engine_arguments() -> dict[str, Any]:
     """What all three engines are built with."""
     from psycho.config import EngineConfig
-    from psycho.inference.worker import engine_arguments as of
+    from psycho.inference.engine import engine_arguments as of
 
     return of(EngineConfig.model_validate(ENGINE), "generate", 0)
 

@@ -13,8 +13,8 @@ import ray
 
 from psycho.errors import StageFailed, WaitTimedOut
 
-Send = Callable[[Any], Any]
-"""Asks an actor; gives Ray's reference to (answers, output tokens)."""
+Send = Callable[..., Any]
+"""Asks an actor, its first argument; gives Ray's reference to (answers, output tokens)."""
 
 
 class Calls:
@@ -37,17 +37,17 @@ class Calls:
         """
         self._what, self._limit_s, self._done = what, limit_s, done
         self._room = deque([*actors] * at_once)  # a worker is in it as often as it can take another call
-        self._waiting: deque[tuple[int, Send]] = deque()
+        self._waiting: deque[tuple[int, Send, tuple[Any, ...]]] = deque()
         self._running: dict[Any, tuple[Any, int]] = {}
         self._answers: dict[int, list[Any]] = {}
 
-    def add(self, place: int, send: Send) -> None:
-        """Ask now, or when somebody has room.
+    def add(self, place: int, send: Send, *arguments: Any) -> None:
+        """Ask `send(actor, *arguments)` now, or when somebody has room.
 
         Raises:
             StageFailed: a worker died too often.
         """
-        self._waiting.append((place, send))
+        self._waiting.append((place, send, arguments))
         while self._running and self._take(0):
             pass
         self._hand_out()
@@ -68,8 +68,8 @@ class Calls:
     def _hand_out(self) -> None:
         while self._waiting and self._room:
             actor = self._room.popleft()
-            place, send = self._waiting.popleft()
-            self._running[send(actor)] = actor, place
+            place, send, arguments = self._waiting.popleft()
+            self._running[send(actor, *arguments)] = actor, place
 
     def _take(self, limit_s: float) -> bool:
         """Take what has been answered; False where nothing was within the limit."""

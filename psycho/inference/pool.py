@@ -27,7 +27,7 @@ from psycho.judging.judge import Item, PairItem, rate_pairs, rate_single
 from psycho.judging.rubric import Rating
 from psycho.progress import Reporter
 
-_OF_A_TRANSFER = ("transfer", "holds")
+_OF_A_TRANSFER = ("transfer", "holds")  # calls that a trainer makes in the middle of it
 T = TypeVar("T")
 Counted = tuple[list[T], int]
 """Answers, and the output tokens that they took, tries that failed included."""
@@ -111,10 +111,6 @@ class _PoolWorker(VLLMWorker):
     holds = _leaving(VLLMWorker.holds)
     sleep = _leaving(VLLMWorker.sleep)
     wake = _leaving(VLLMWorker.wake)
-
-
-def _send(send: Callable[[Any, int, int], Any], start: int, stop: int, actor: Any) -> Any:
-    return send(actor, start, stop)
 
 
 class Begun(NamedTuple):
@@ -324,7 +320,7 @@ class WorkerPool:
         _, size, at_once = layout(count, self._config, self._at_once)
         calls = self._calls(what, at_once, reporter, also)
         for start in range(0, count, size):
-            calls.add(start, functools.partial(_send, send, start, min(start + size, count)))
+            calls.add(start, send, start, min(start + size, count))
         return [item for answers in calls.finish().values() for item in answers]
 
     def _calls(

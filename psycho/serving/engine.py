@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from psycho.config import InferenceConfig
+from psycho.inference.engine import engine_arguments
 from psycho.inference.models import cache_root
 from psycho.inference.template import conversation, stop_ids
-from psycho.inference.worker import engine_arguments
 from psycho.serving.protocol import Conversation, Delta, Refused, Scores
 from psycho.storage import is_remote, local_copy
 

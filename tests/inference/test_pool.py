@@ -88,13 +88,14 @@ def test_a_worker_whose_engine_is_gone_ends(worker: _PoolWorker, monkeypatch: py
         raise EngineFailed("the engine failed") from causes.pop()
 
     ended: list[int] = []
-    causes: list[Exception] = [ValueError(), EngineDeadError()]
+    gone = [EngineDeadError(), RuntimeError("Executor failed."), RuntimeError("Worker failed with error 'x'")]
+    causes: list[Exception] = [ValueError("Worker"), *gone]
     monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(VLLMWorker, "generate", fail)
-    for expected in ([1], [1]):
+    for expected in (1, 2, 3, 3):
         with pytest.raises(EngineFailed):
             worker.sample("m", [], [], SamplingConfig())
-        assert ended == expected
+        assert ended == [1] * expected
 
 
 class Together:

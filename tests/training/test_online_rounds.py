@@ -337,6 +337,33 @@ def test_samples_of_every_round_are_on_disk_with_their_scores(whole: Tried) -> N
 # Proof
 
 
+def test_an_engine_that_keeps_its_weights_stops_the_round_whatever_the_tolerance(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = Tried(tmp_path, whole.policy, sync_tolerance=100.0)
+    read = tried.pool.read
+    monkeypatch.setattr(tried.pool, "read", lambda model, rows: read(whole.policy, rows))
+    with pytest.raises(StageFailed, match=r"engine 0 did not take the new weights: .* moved by 0 "):
+        tried()
+
+
+def test_an_optimizer_of_other_workers_is_not_gone_on_with_and_said(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = Tried(tmp_path, whole.policy)
+    _break_call(tried, "sample", 2)
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    report = tmp_path / "rounds" / "trained-1" / "report.json"
+    found = json.loads(report.read_text())
+    report.write_text(json.dumps(found | {"shards": found["shards"] | {"world": 3}}))
+    tried.pool.break_at = lambda name: None
+    tried()
+    assert "the optimizer started anew after round 1" in (tmp_path / "online" / "notes.json").read_text()
+    assert not (whole.root / "online" / "notes.json").exists()
+    assert not _same(tried.weights, whole.weights)
+
+
 @pytest.mark.parametrize("change", [0.02, float("nan")])
 def test_a_tensor_that_is_not_the_trainers_stops_the_round(
     whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: float

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,32 @@ def test_an_engine_that_fails_is_told_to_all_ranks(trainer: Any, tiny_llama: Cal
     way = DirectTransport(trainer, engines, tiny_llama(0), lambda client, source: None, 60)
     with pytest.raises(StageFailed, match="asking the engines: ConnectionError: gone"):
         way.send("a", "b")
+
+
+def test_a_send_that_hangs_says_so_and_ends_the_process(
+    trainer: Any, tiny_llama: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = threading.Event()
+    codes: list[int] = []
+
+    class Hanging:
+        def send_weights(self) -> None:
+            assert ended.wait(60)
+
+    class Pool:
+        def incarnations(self, model: str) -> list[str]:
+            return ["one"]
+
+        def holds(self, model: str) -> None:
+            pass
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    engines: Any = Engines(Pool())  # type: ignore[arg-type]
+    way = DirectTransport(trainer, engines, tiny_llama(0), lambda client, source: Hanging(), 0.1)
+    way.send("a", "b")
+    assert codes == [1]
+    assert "for the engines to take new weights and gave up; give the same command again" in capfd.readouterr().err

@@ -20,9 +20,7 @@ _ANSWERS = (
     "That sounds hard to carry on your own. What has helped you before?",
     "I hear how tired you are. Would you tell me more about that evening?",
 )
-
-
-_STILL = 0.25
+_STILL = 0.25  # of the trainer's change, below which an engine has stood still
 
 
 class Read(NamedTuple):
