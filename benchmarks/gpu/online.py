@@ -4,7 +4,8 @@
     python -m benchmarks.gpu.online --shapes tiny --rounds 2 --speeches 8       # tries the script, without a GPU too
 
 Needs one CUDA GPU of 80 GiB or more (3B in full takes 55 GiB for its optimizer beside the engine's 30), the `gpu` extra
-of pyproject.toml, and nothing from the network: weights are random. Engines and training are colocated: the engines
+of pyproject.toml, 110 GB of disk for 3B and 40 GB for 1B (a round writes the policy and its optimizer before the last
+one's are removed), and nothing from the network: weights are random. Engines and training are colocated: the engines
 sleep (level 2) while the policy trains and take its weights by CUDA IPC. On a CPU they lie side by side and the weights
 go by disk, which shows that the script runs and no figure of worth.
 

@@ -143,6 +143,7 @@ class WorkerPool:
             max_concurrency=MOST_AT_ONCE,
         )
         self.output_tokens = 0
+        self.shares_gpus = 0 < gpus < 1
         self._config, self._at_once = config, enough(engine)
         self._actors: list[Any] = [actor.remote(spec) for _ in range(config.workers)]
 
@@ -159,8 +160,13 @@ class WorkerPool:
             actor.use.remote(model, runner)
 
     def use(self, model: str, runner: str = "generate") -> None:
-        """Every worker holds this model once this returns."""
-        self._each("taking weights", lambda actor: actor.use.remote(model, runner))
+        """Every worker holds this model once this returns.
+
+        Those that may lie on one GPU start one after the other, for each measures how much memory is free.
+        """
+        turns = [[actor] for actor in self._actors] if self.shares_gpus else [self._actors]
+        for actors in turns:
+            self._each("taking weights", lambda actor: actor.use.remote(model, runner), actors)
 
     def read(self, model: str, rows: Sequence[list[int]]) -> list[list[float] | None]:
         """Log-probabilities of each row's tokens after its first (`VLLMWorker.logprobs`)."""
@@ -299,10 +305,10 @@ class WorkerPool:
         """Every engine takes its memory back."""
         self._each("waking", lambda actor: actor.wake.remote(tags))
 
-    def _each(self, what: str, send: Callable[[Any], Any]) -> list[Any]:
-        """One call on every worker, at once; its answers in the workers' order."""
+    def _each(self, what: str, send: Callable[[Any], Any], actors: Sequence[Any] | None = None) -> list[Any]:
+        """One call on every worker (or on these), at once; its answers in the workers' order."""
         try:
-            return ray.get([send(actor) for actor in self._actors], timeout=self._limit_s)
+            return ray.get([send(actor) for actor in actors or self._actors], timeout=self._limit_s)
         except ray.exceptions.GetTimeoutError:
             raise WaitTimedOut(f"a vLLM worker that is {what}", self._limit_s) from None
         except ray.exceptions.RayActorError as error:

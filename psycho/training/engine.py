@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.cpp_extension import CUDA_HOME
+
 from psycho.config import LoopConfig, TrainingConfig
 
 
@@ -16,10 +18,12 @@ def deepspeed_config(settings: LoopConfig, training: TrainingConfig) -> dict[str
         zero["offload_param"] = {"device": "cpu", "pin_memory": training.device == "cuda"}
     if training.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    # DeepSpeed's own fused Adam is for GPUs; on a CPU torch's is as fast and needs no compiled op.
+    # DeepSpeed's own fused Adam is for GPUs, and compiled with CUDA's toolkit; torch's is as fast and needs none.
     adam = {"lr": settings.lr, "weight_decay": settings.weight_decay, "betas": [0.9, 0.95]}
     if training.device == "cpu":
         adam["torch_adam"] = True
+    elif not training.offload_optimizer and CUDA_HOME is None:
+        adam |= {"torch_adam": True, "fused": True}
     return {
         # The loop itself says where a step ends and by what the loss is divided (`Trainer._step`). Two, because with
         # one DeepSpeed overwrites gradients where it should add them.

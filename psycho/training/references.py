@@ -43,7 +43,7 @@ def with_references(
         lane: this rank's place and their number, where ranks of one place are given the same groups; none: its own.
     """
     keys = [[response_key(group, index) for index in range(len(group.responses))] for group in groups]
-    known = _stored(folder)
+    known = _known([key for own in keys for key in own], folder)
     missing = [index for index, own in enumerate(keys) if any(key not in known for key in own)]
     if missing:
         found = _compute(groups, keys, missing, logprobs, collate, budget, lane)
@@ -82,10 +82,17 @@ def _compute(
     return found
 
 
-def _stored(folder: str | None) -> dict[str, float]:
+def _known(asked: Sequence[str], folder: str | None) -> dict[str, float]:
+    """What the folder holds of the keys asked for, as rank 0 sees it: another rank may already have stored its part."""
     if folder is None:
         return {}
-    known: dict[str, float] = {}
-    for table in storage.read_finished(folder):
-        known |= dict(zip(table["key"].to_pylist(), table["logprob"].to_pylist(), strict=True))
-    return known
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        wanted = set(asked)
+        known: dict[str, float] = {}
+        for table in storage.read_finished(folder):
+            rows = zip(table["key"].to_pylist(), table["logprob"].to_pylist(), strict=True)
+            known |= {key: value for key, value in rows if key in wanted}
+        found = [known]
+    dist.broadcast_object_list(found, src=0)
+    return dict(found[0])

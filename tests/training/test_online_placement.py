@@ -41,6 +41,15 @@ def test_the_way_fits_the_placement(online: Any, device: str, way: str) -> None:
     check_placement(config)
 
 
+def test_weights_in_four_bits_go_by_the_folder() -> None:
+    lora = {"workers": 1, "gpus_per_worker": 1, "lora": {"quantize": "nf4"}}
+    whole = {"gpus_per_worker": 1}
+    assert transport_of(_config({}, lora, whole)) == "disk"
+    assert transport_of(_config({}, lora | {"lora": {}}, whole)) == "nccl"
+    with pytest.raises(BadInput, match=r"quantize keeps them in 4 bits; set online.transport=disk"):
+        check_placement(_config({"transport": "nccl"}, lora, whole))
+
+
 def test_engines_on_the_cpu_read_the_folder() -> None:
     assert transport_of(_config({}, {"gpus_per_worker": 1}, {"gpus_per_worker": 0})) == "disk"
 

@@ -39,11 +39,12 @@ class Engines:
     colocated: bool = False
 
     def start(self, policy: str) -> None:
-        """Let all engines start; returns at once, or where they share their GPUs when they are up and asleep."""
+        """Let all engines start; returns at once, or where GPUs are shared when they are up (colocated: and asleep)."""
         for pool, model, runner in self._held(policy):
-            if self.colocated:  # vLLM measures what memory is free, so nobody else may be about to take some
-                pool.use(model, runner)
-                pool.sleep(1)
+            if self.colocated or pool.shares_gpus:
+                pool.use(model, runner)  # vLLM measures what memory is free, so nobody else may be about to take some
+                if self.colocated:
+                    pool.sleep(1)
             else:
                 pool.start(model, runner)
 

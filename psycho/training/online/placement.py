@@ -17,6 +17,8 @@ def transport_of(config: Config) -> str:
     """`disk`, `nccl` or `ipc`: what is asked for, or what fits the placement."""
     if config.online.transport != "auto":
         return config.online.transport
+    if _quantized(config):
+        return "disk"
     if config.online.placement == "colocate":
         return "ipc"
     return "nccl" if _whole_gpus(config) else "disk"
@@ -26,6 +28,11 @@ def _whole_gpus(config: Config) -> bool:
     """True where engines and training have GPUs of their own; NCCL has no two ranks on one."""
     shares = config.training.gpus_per_worker, config.inference.gpus_per_worker
     return config.training.device == "cuda" and min(shares) >= 1
+
+
+def _quantized(config: Config) -> bool:
+    """True where the trainer holds the weights in 4 bits: plain ones are made for the folder alone."""
+    return config.training.lora is not None and config.training.lora.quantize is not None
 
 
 def check_placement(config: Config) -> None:
@@ -45,6 +52,11 @@ def check_placement(config: Config) -> None:
         raise BadInput(
             f"online.transport {way} sends weights from GPU to GPU, and the training or the engines have none "
             "(training.device, inference.gpus_per_worker); set online.transport=disk"
+        )
+    if way != "disk" and _quantized(config):
+        raise BadInput(
+            f"online.transport {way} sends whole weights, and training.lora.quantize keeps them in 4 bits; set "
+            "online.transport=disk"
         )
     if colocated and way == "nccl":
         raise BadInput(

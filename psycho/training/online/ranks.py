@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -10,6 +11,16 @@ import torch.distributed as dist
 from psycho.errors import StageFailed
 
 T = TypeVar("T")
+_meetings: dict[Any, Any] = {}
+
+
+def meet(limit_s: float) -> None:
+    """Let the ranks wait for rank 0 on their hosts, at most so long; collective, and to be called once a job.
+
+    Where all of them meet on their GPUs, those that wait for the samples would keep the GPU busy that an engine samples
+    on: a rank waits in a kernel there.
+    """
+    _meetings[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s))
 
 
 def on_first(what: str, call: Callable[[], T]) -> T:
@@ -27,7 +38,7 @@ def on_first(what: str, call: Callable[[], T]) -> T:
         except Exception as error:  # every rank must hear of it, or the others would wait for ever
             cause = getattr(error, "cause", None) or error  # what a worker raised, without its traceback
             outcome[1] = f"{what}: {type(cause).__name__}: {cause}"
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=_meetings.get(dist.group.WORLD))
     if outcome[1]:
         raise StageFailed(outcome[1])
     return outcome[0]

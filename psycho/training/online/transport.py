@@ -175,4 +175,6 @@ def _connect(way: str, client: PoolClient, source: Any, size: int) -> Any:
         world_size=1 + client.ranks,
         packed_buffer_size_bytes=size,
     )
-    return nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
+    # vLLM gives this thread a stream of its own and leaves it there, and the training goes on in this thread.
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        return nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from psycho.config import Config
 from psycho.training.online.engines import Engines
@@ -54,9 +55,10 @@ class Turns:
 
 
 def _give_back() -> None:
-    """What the training holds on the GPU and does not use, which the engines could not have."""
+    """What the training holds on the GPUs and does not use, which the engines could not have; collective."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    dist.barrier()  # rank 0 wakes the engines of all GPUs
 
 
 def used_gib() -> float:
