@@ -4,7 +4,8 @@
 
 All arms run on the nano models with the settings of `configs/nano.yaml` (the judge scores) and 64 speeches x 8 samples
 a round. (1) `--rounds` rounds in one job. (2) The same rounds as jobs of one round each, as a shell loop does it: vLLM,
-Ray Train and the optimizer start anew, from the policy that the one before left. (3) `--stale` rounds with staleness 1.
+Ray Train and the optimizer start anew, from the policy that the one before left. (3) `--stale` rounds with staleness 1,
+with one engine and one rank, so that sampling and training have a core each.
 (4) A round's samples scored by a reward model of the policy's size in an engine of its own, which begins with the first
 samples, or when all are there: `scored_beside_vs_after`.
 
@@ -79,6 +80,12 @@ def restarted(base: Config, policy: str, folder: Path, count: int) -> float:
     return seconds
 
 
+def alone(base: Config) -> Config:
+    """One engine and one rank, of a thread each."""
+    update = {name: getattr(base, name).model_copy(update={"workers": 1}) for name in ("inference", "training")}
+    return base.model_copy(update=update)
+
+
 def share(reports: Sequence[Report]) -> float:
     """Overhead's share of these rounds' wall time."""
     spent = sum(report["seconds"].get(phase, 0.0) for report in reports for phase in OVERHEAD)
@@ -117,9 +124,8 @@ def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[fl
     speeches = [row for row in made if row["split"] == "train"][:SPEECHES]
     asked = [speech for speech in speeches for _ in range(SAMPLES)]
     prompts = [prompt(speech, base.generation.system_prompt) for speech in asked]
-    one = base.inference.model_copy(update={"workers": 1})  # one core samples, one scores
     online = base.online.model_copy(update={"scorer": "reward"})
-    config = base.model_copy(update={"online": online, "inference": one})
+    config = alone(base).model_copy(update={"online": online})  # one core samples, one scores
     beside, after = [], []
     with engines(config, policy, reward) as workers:
         workers.wait(policy)
@@ -160,7 +166,7 @@ def measure(
         (folder / name).mkdir(parents=True)
     kept, kept_s = rounds_of(settings(base, rounds), policy, folder / "kept")
     anew_s = restarted(base, policy, folder, restarts)
-    late, _ = rounds_of(settings(base, stale, staleness=1), policy, folder / "stale")
+    late, _ = rounds_of(settings(alone(base), stale, staleness=1), policy, folder / "stale")
     beside, after = scoring(base, policy, folder)
     return {"kept alive": kept, "staleness 1": late}, {
         "overhead_share": share(kept[1:]),
