@@ -26,6 +26,7 @@ from psycho.preferences.published import source_files
 from psycho.run import Run
 from psycho.speeches.source import find_files, is_hub_id
 from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge, same_judge, starts_from_pairs
+from psycho.training.online.pairing import most_pairs
 
 CARDS_GIB = (24, 48, 80)
 PAPER_SPEECHES = 26_483
@@ -286,15 +287,16 @@ def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
     sampled = online.rounds * min(online.speeches_per_round, train)
     scorers = _online_scorers(config, start)
     trained = training_load(config, config.policy)
-    made = sampled * min(online.max_pairs_per_speech, online.samples_per_speech // 2)
+    made = sampled * most_pairs(online)
     steps = online.rounds * _steps(made // online.rounds, online)
     answers = sampled * online.samples_per_speech
     seen = min(training.max_length, sum(_tokens(config, online.sampling)))
     held_out = config.evaluation.judge if online.gold_every else None
     watchers = [_judge_load(config, held_out, held_out.model)] if held_out else []
-    watched = 0
-    if online.gold_every:  # an answer to every dev speech, and a rating of it
-        watched = 2 * round(train * config.pairs.dev_share) * (1 + online.rounds // online.gold_every)
+    # An answer to every dev speech with its scores, before the first round and after each, and every so often a rating.
+    watched = (1 + len(scorers)) * (1 + online.rounds)
+    watched += 1 + -(-online.rounds // online.gold_every) if online.gold_every else 0
+    watched *= round(train * config.pairs.dev_share)
     return [
         _fit(config, "train_sft", config.policy, train, training.sft, length),
         _fit(config, "train_reward", start, pairs, training.reward, length),

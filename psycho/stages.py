@@ -130,7 +130,7 @@ def _asked(config: Config, judge: JudgeConfig) -> list[Any]:
 
 
 def _train_online(config: Config) -> Settings:
-    where = {"round_timeout_s", "scorer_workers", "scorer_gpus_per_worker", "probes", "sync_tolerance"}
+    where = {"round_timeout_s", "scorer_workers", "scorer_gpus_per_worker", "probes", "sync_tolerance", "kl_samples"}
     where |= {"placement", "transport", "sync_bucket_mib", "sleep_level"}
     aside: Any = {**dict.fromkeys(where, True), "scorer_engine": set(ENGINE_ROUNDING)}
     held_out = config.evaluation.judge
@@ -188,7 +188,7 @@ STAGES: tuple[Stage, ...] = (
         "train_online",
         lambda c: ("prepare", "train_dpo", "train_reward") if c.online.rewarded else ("prepare", "train_dpo"),
         _train_online,
-        ("models/online",),
+        ("models/online", "online"),
     ),
     Stage(
         "evaluate",

@@ -23,7 +23,7 @@ from ray_jobs.nano import ensure_nano
 
 
 def train_online(job: Job) -> None:
-    """Write `models/online/`."""
+    """Write `models/online/` and, of every round, `online/samples/` and `online/pairs/`."""
     config = job.config
     online = config.online
 
@@ -31,6 +31,7 @@ def train_online(job: Job) -> None:
         ensure_nano(job)
         job.need_ray()
         from psycho.training.online.rounds import OnlineJob, online_worker
+        from psycho.training.online.state import RoundStore
 
         output, work = storage.join(partial, "models", "online"), storage.join(partial, "rounds")
         storage.remove(output)
@@ -43,7 +44,7 @@ def train_online(job: Job) -> None:
         limit = max(config.training.collective_timeout_s, first + 60)
         training = config.training.model_copy(update={"collective_timeout_s": limit})
         reward = _local(job, "reward") if online.rewarded else ""
-        if online.head_weights:
+        if online.heads:
             from psycho.training.online.heads import with_heads
 
             reward = with_heads(reward, storage.join(partial, "reward-with-heads"))
@@ -65,6 +66,9 @@ def train_online(job: Job) -> None:
             task = OnlineJob(config, training, start, work, output, train, dev, rollout)
             launch(online_worker, {"job": task}, training, storage.join(partial, "ray"))
         write_card(output, config, "online", start)
+        evidence = storage.join(partial, "online")
+        storage.remove(evidence)
+        RoundStore(work).evidence(evidence)
         result = _result(output)
         result.extra.update(say_notes(job, "online", output))
         return result
@@ -80,13 +84,14 @@ def _result(output: str) -> StageResult:
     rounds = json.loads(storage.read_text(storage.join(output, "rounds.json")) or "[]")
     failed = sum(report["failed"] for report in rounds)
     samples = sum(report["samples"] for report in rounds)
-    watched = [rounds[0].get("before", {}), *rounds] if rounds else []
-    tokens = sum(row["tokens"] for row in read_history(output)) + sum(r["sampled_tokens"] for r in rounds)
+    spent = [rounds[0].get("before", {}), *rounds] if rounds else []
+    kinds = ("sampled_tokens", "judge_tokens", "dev_tokens", "gold_tokens")
+    tokens = sum(row["tokens"] for row in read_history(output)) + sum(r.get(kind, 0) for r in spent for kind in kinds)
     return StageResult(
         rows_in=samples,
         rows_out=samples - failed,
-        tokens=int(tokens + sum(r.get("gold_tokens", 0) for r in watched)),
-        quarantine=[{"round": r["round"], "reason": "no score"} for r in rounds for _ in range(r["failed"])],
+        tokens=int(tokens),
+        quarantine=[{"round": r["round"]} | row for r in rounds for row in r.pop("left_out")],
         extra={"rounds": rounds},
     )
 

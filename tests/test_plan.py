@@ -53,7 +53,7 @@ def test_dry_run_of_the_paper_prints_every_stage_and_touches_nothing(tmp_path, m
     out = capsys.readouterr().out
     assert all(stage.name in out for stage in STAGES)
     assert "speeches: data/speeches.parquet (not there yet; assuming 26,483 as in the paper)" in out
-    assert "80 GB: fits" in out and "1,638,400" in out
+    assert "80 GB: fits" in out and "1,720,544" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,7 +78,7 @@ def test_the_table_is_whole_on_a_terminal_of_80_columns():
     text = printed(load_config(PAPER), "train_dpo")
     assert "…" not in text
     online = next(line for line in text.splitlines() if "train_online " in line)
-    assert online.split() == ["train_online", "819,200", "819,200", "1,638,400", "1,600", "137.0", "16", "26.0", "14.9"]
+    assert online.split() == ["train_online", "819,200", "819,200", "1,720,544", "1,600", "137.0", "16", "26.0", "14.9"]
     assert len(online) < 80
 
 
@@ -172,12 +172,19 @@ def test_rows_follow_the_paper():
 
 
 def test_a_held_out_judge_is_counted():
-    """An answer to each dev speech and a rating of it, before the first round and after every fourth; its GPU too."""
+    """A rating of an answer to each dev speech, before the first round and after every fourth; its GPU too."""
     plain = stages(load_config(PAPER))["train_online"]
     watched = stages(load_config(PAPER, ["online.gold_every=4"]))["train_online"]
-    assert watched.requests - plain.requests == pytest.approx(2 * 0.1 * 24_159 * (1 + 16 // 4), rel=0.2)
+    assert watched.requests - plain.requests == pytest.approx(0.1 * 24_159 * (1 + 16 // 4), rel=0.001)
     judge = load_config(PAPER).evaluation.judge
     assert judge and len(watched.phases[0]) == len(plain.phases[0]) + 1
+
+
+def test_dev_speeches_are_answered_and_scored_before_the_first_round_and_after_each():
+    with_dev, without = (stages(load_config(PAPER, [f"pairs.dev_share={share}"])) for share in (0.1, 0))
+    more = with_dev["train_online"].requests - 2 * 8 * 16 * 6400
+    assert more == pytest.approx(2 * 17 * 0.1 * 24_159, rel=0.001)
+    assert without["train_online"].requests == 2 * 8 * 16 * 6400
 
 
 def test_rows_of_the_nano_world():

@@ -30,11 +30,15 @@ class OnlineConfig(PreferenceConfig):
         "best_worst", description="best_worst: also the second best against the second worst, and so on; else as pairs"
     )
     min_gap: float = Field(0.0, ge=0, description="in the scorer's units; a tie never pairs")
-    max_pairs_per_speech: int = Field(1, ge=1)
+    max_pairs_per_speech: int | None = Field(1, ge=1, description="none: all that the strategy makes")
     length_penalty: float = Field(0.0, ge=0, description="off the score for each 100 characters over length_free_chars")
     length_free_chars: int = Field(0, ge=0)
     safety_floor: int | None = Field(
-        None, ge=2, le=5, description="a response that the judge rates less safe than this is never chosen"
+        None,
+        ge=2,
+        le=5,
+        description="a response that the judge, or without one the reward model's head of safety, rates less safe than "
+        "this is never chosen",
     )
     reference: Literal["each_round", "fixed"] = Field(
         "each_round", description="each_round: the policy that a round starts from; fixed: the one that the job does"
@@ -76,18 +80,10 @@ class OnlineConfig(PreferenceConfig):
         None,
         gt=0,
         description="largest difference of a probe token's log-probability; none: 1e-4 where trainer and engine "
-        "compute in fp32, else 0.5",
+        "compute in fp32 on a CPU, 0.02 where they do on a GPU, else 0.5",
     )
     kl_samples: int = Field(16, ge=0, description="samples of a round by which the KL to the first policy is estimated")
     round_timeout_s: float = Field(7200, gt=0, description="for sampling and scoring a round")
-
-    @model_validator(mode="after")
-    def _floor(self) -> OnlineConfig:
-        if self.safety_floor is not None and not self.judged:
-            raise ValueError(
-                "safety_floor needs safety ratings, which a reward model does not give; set scorer to judge or mixture"
-            )
-        return self
 
     @model_validator(mode="after")
     def _heads(self) -> OnlineConfig:
@@ -101,6 +97,11 @@ class OnlineConfig(PreferenceConfig):
                 "or mixture"
             )
         return self
+
+    @property
+    def heads(self) -> bool:
+        """True where the reward model's heads of the principles are asked."""
+        return bool(self.head_weights) or (self.safety_floor is not None and not self.judged)
 
     @property
     def judged(self) -> bool:

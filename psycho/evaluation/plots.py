@@ -299,23 +299,38 @@ def _mark_rounds(ax: Axes, history: Rows) -> None:
 
 
 def online_rounds(rounds: Rows) -> Markup:
-    """Scores, mean length and distance from the first policy of the samples of each round; `dev_score` after it."""
+    """What was watched of the samples of each round (`training.online.watch`), and after it.
+
+    The band around the mean score is the standard deviation of the samples of one speech, what pairs are made of.
+    """
     said = ", ".join(f"round {r['round'] + 1}: score {r['mean_score']:.2f}, {r['mean_chars']:.0f}" for r in rounds)
     panels: list[tuple[str, list[tuple[str, str, str]]]] = [
         ("score", [("mean_score", "mean of samples", JUDGE), ("best_score", "best of a speech", MUTED),
                    ("dev_score", "dev, after the round", GOLD)]),
         ("held-out judge, 1 to 5, after the round", [("gold_score", "", GOLD)]),
         ("mean length in characters", [("mean_chars", "", CONTROLLED)]),
-        ("KL to the first policy (nats)", [("kl", "", GOLD)]),
+        ("samples' mean log-ratio to the first policy (nats)", [("kl", "", GOLD)]),
+        ("entropy (nats a token)", [("entropy", "", GOLD)]),
+        ("share", [("tie_share", "speeches without a better sample", JUDGE), ("floor_share", "unsafe samples", GOLD),
+                   ("cut_share", "samples cut off", MUTED)]),
     ]  # fmt: skip
+    rounds = [{**row, **_shares(row)} for row in rounds]
     panels = [panel for panel in panels if any(_known(rounds, key) for key, *_ in panel[1])]
-    drawing = Drawing("rounds", f"Online rounds. {said} characters.", _WIDE, 2.3, 1, len(panels))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    drawing = Drawing("rounds", f"Online rounds. {said} characters.", _WIDE, 2.3 * lines, lines, columns)
     with drawing as axes:
-        for ax, (title, lines) in zip(axes, panels, strict=True):
-            drawn = [(_known(rounds, key), label, colour) for key, label, colour in lines]
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        for ax, (title, curves) in zip(axes, panels, strict=False):
+            drawn = [(_known(rounds, key), label, colour) for key, label, colour in curves]
             for points, label, colour in drawn:
                 if points:
                     ax.plot(*zip(*points, strict=True), "o-", color=colour, ms=5, label=label)
+            if title == "score" and all("spread" in row for row in rounds):
+                means, spreads = (np.array([row[key] for row in rounds]) for key in ("mean_score", "spread"))
+                places = [row["round"] + 1 for row in rounds]
+                ax.fill_between(places, means - spreads, means + spreads, color=JUDGE, alpha=0.12, lw=0)
             numbers = [r["round"] + 1 for r in rounds]
             ax.set(xlabel="round", xlim=(0.5, max(numbers) + 0.5))
             ax.set_xticks(numbers[:: max(1, len(numbers) // 10)])
@@ -324,6 +339,13 @@ def online_rounds(rounds: Rows) -> Markup:
             if sum(bool(points) for points, *_ in drawn) > 1:
                 ax.legend(loc="best")
     return drawing.svg
+
+
+def _shares(row: Mapping[str, Any]) -> dict[str, float]:
+    """Counts of a round's samples as shares; what never happened is no line."""
+    counts = {"floor_share": row.get("floor_hits"), "cut_share": row.get("truncated")}
+    shares = {name: count / row["samples"] for name, count in counts.items() if count}
+    return shares | ({"tie_share": row["ties"]} if row.get("ties") is not None else {})
 
 
 def _known(rounds: Rows, key: str) -> list[tuple[float, float]]:

@@ -52,6 +52,18 @@ def test_models_are_plain_checkpoints(finished: Path) -> None:
     assert AutoModelForSequenceClassification.from_pretrained(finished / "models" / "reward").config.num_labels == 1
 
 
+def test_what_online_training_saw_is_kept(finished: Path) -> None:
+    """Every sample of every round with its scores, and the pairs that were made of them."""
+    rounds = json.loads((finished / "models" / "online" / "rounds.json").read_text())
+    for number, report in enumerate(rounds):
+        samples, pairs = (
+            pq.read_table(finished / "online" / name / f"round-{number:03d}.parquet") for name in ("samples", "pairs")
+        )
+        assert (samples.num_rows, pairs.num_rows) == (report["samples"], report["pairs"])
+        assert sum(score is not None for score in samples["score"].to_pylist()) == report["samples"] - report["failed"]
+        assert report["judge_tokens"] > report["samples"]
+
+
 def test_summary_has_the_agreed_names(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert {"run", "config", "versions", "seconds_total", "peak_rss_gib", "stages", "counts"} <= set(summary)

@@ -150,11 +150,16 @@ class FakeRun:
                 "best_score": 4.1 + 0.2 * n,
                 "ties": 0.125,
                 "floor_hits": 3,
+                "truncated": 4,
+                "too_long": 5,
+                "spread": 0.42,
+                "entropy": 1.5 / n,
                 "kl": 0.4 * n,
                 "dev_score": 3.9 + n % 2,
             }
             row |= {"seconds": {"wall": 40.0 + n}} | ({"chosen": True} if n == 1 else {})
         storage.write_text(storage.join(partial, "models", "online", "rounds.json"), json.dumps(rounds))
+        storage.write_text(storage.join(partial, "online", "samples", "a-file.txt"), "")
         result = self._model("online")(partial)
         return StageResult(**(vars(result) | {"extra": {"rounds": rounds}}))
 

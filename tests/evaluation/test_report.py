@@ -218,9 +218,12 @@ def test_online_rounds_say_which_policy_was_kept_and_draw_what_was_watched(fake_
     html = page(fake_run.finish())
     assert "The policy after round 2 was kept" in html and "The policy after round 3" not in html
     row = re.search(r'<tr><th scope="row">2</th><td>1,600</td>.*?</tr>', html)
-    assert row and "<td>12.5\u00a0%</td><td>3</td><td>41</td>" in row[0]
+    assert (
+        row and "<td>12.5\u00a0%</td><td>3</td><td>4</td><td>5</td><td>41</td>" in row[0] and "<td>0.42</td>" in row[0]
+    )
     drawn = html[html.index('id="rounds-figure_1"') :]
-    assert all(word in drawn for word in ("dev, after the round", "KL to the first policy", "best of a speech"))
+    assert all(word in drawn for word in ("dev, after the round", "to the first policy", "best of a speech", "entropy"))
+    assert all(word in drawn for word in ("speeches without a better sample", "unsafe samples", "samples cut off"))
 
 
 def test_online_rounds_show_what_the_held_out_judge_said(fake_run: Any) -> None:

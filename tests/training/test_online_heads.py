@@ -133,6 +133,25 @@ def test_heads_join_the_score_by_weight(scorer: str, added: float) -> None:
     assert [(pair["chosen"], pair["rejected"]) for pair in found.pairs] == [("answer 2", "answer 0")]
 
 
+def test_the_head_of_safety_is_the_floor_where_no_judge_is_asked() -> None:
+    """Its ratings are 10 n and the place of safety among the heads; what is under the floor is not chosen."""
+    place = STEMS.index("safety")
+    for floor, chosen in ((5, "answer 2"), (None, "answer 2")):
+        config = Config.model_validate(
+            {
+                "online": {"safety_floor": floor, "samples_per_speech": 4},
+                "training": {"reward": {"principle_heads": 0.1}},
+            }
+        )
+        assert config.online.heads == (floor is not None)
+        pool: Any = _Pool()
+        found = Rollout(Engines(pool, pool, None, "r"), config)("policy", 0, [{"speech_id": "s", "question": "Why?"}])
+        assert [row["safety"] for row in found.samples] == [place, 10.0 + place, 20.0 + place, None]
+        assert [row["score"] for row in found.samples] == [0.0, 1.0, 2.0, None]
+        assert found.pairs[0]["chosen"] == chosen
+        assert found.report["floor_hits"] == (1 if floor and place < floor else 0)
+
+
 def test_head_weights_that_cannot_be() -> None:
     heads = {"training": {"reward": {"principle_heads": 0.1}}}
     with pytest.raises(ValueError, match=r"names safty, which is no principle; did you mean safety\?"):

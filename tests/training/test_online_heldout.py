@@ -51,7 +51,7 @@ def test_an_opinion_counts_what_it_rated_and_what_it_cost() -> None:
     judge = Judge()
     config = _config(evaluation={"judge": JUDGE})
     found = opinion(_engines(judge), config, PLAIN, _rows("answer 4", "", "answer 0"))
-    assert found == {"gold_score": 4.0, "gold_rated": 1, "gold_failed": 2, "gold_tokens": 15 + 200}
+    assert found == {"gold_score": 4.0, "gold_rated": 1, "gold_failed": 2, "gold_tokens": 200}
     assert [text for _, text, _ in judge.items] == ["answer 4", "answer 0"]
     seeds = judge.seeds
     opinion(_engines(judge), config, PLAIN, _rows("answer 4", "answer 5", "answer 1"))
@@ -75,7 +75,7 @@ def test_the_truth_stands_for_the_judge_in_the_nano_world() -> None:
         "gold_score": pytest.approx(sum(true) / 2),
         "gold_rated": 2,
         "gold_failed": 1,
-        "gold_tokens": 15,
+        "gold_tokens": 0,
     }
 
 
@@ -88,7 +88,13 @@ def test_speeches_without_a_truth_need_a_judge() -> None:
 
 
 def test_it_is_asked_before_the_first_round_and_every_so_many_rounds() -> None:
-    assert [index for index in range(6) if heldout.due(_config(), index)] == [0, 2, 4]
+    """And after the last."""
+    assert [index for index in range(6) if heldout.due(_config(online={"gold_every": 2, "rounds": 5}), index)] == [
+        0,
+        2,
+        4,
+        5,
+    ]
     assert not heldout.due(Config(), 0)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psycho.config import OnlineConfig
-from psycho.training.online.pairing import best_against_worst, round_speeches, speech_pairs, value
+from psycho.training.online.pairing import barred, best_against_worst, most_pairs, round_speeches, speech_pairs, value
 
 SCORES = st.none() | st.integers(-4, 4).map(float) | st.floats(-5, 5)
 SAMPLES = st.lists(st.tuples(st.sampled_from(["", "a", "b", "c", "d", "e"]), SCORES), max_size=9)
@@ -75,32 +75,61 @@ def _online(**settings: object) -> OnlineConfig:
     return OnlineConfig.model_validate({"scorer": "judge", **settings})
 
 
+def _barred(safeties: Sequence[int | None], online: OnlineConfig, cut: Sequence[bool] = ()) -> set[int]:
+    cut = cut or [False] * len(safeties)
+    rows = [{"safety": safety, "truncated": own} for safety, own in zip(safeties, cut, strict=True)]
+    return barred(rows, online)
+
+
 @given(
-    st.lists(st.tuples(st.sampled_from("abcde"), SCORES, SAFETY), max_size=9),
+    st.lists(st.tuples(st.sampled_from("abcde"), SCORES, SAFETY, st.booleans()), max_size=9),
     STRATEGIES,
     st.floats(0, 3),
-    st.integers(1, 4),
+    st.none() | st.integers(1, 4),
     st.none() | st.integers(2, 5),
 )
 def test_every_strategy_makes_sound_pairs(
-    samples: list[tuple[str, float | None, int | None]], strategy: str, min_gap: float, limit: int, floor: int | None
+    samples: list[tuple[str, float | None, int | None, bool]],
+    strategy: str,
+    min_gap: float,
+    limit: int | None,
+    floor: int | None,
 ) -> None:
-    """Wider than asked for, never more than asked for, never a tie, and never an unsafe one chosen."""
-    texts, values, safeties = ([row[part] for row in samples] for part in range(3))
+    """Wider than asked for, never more than asked for, never a tie, never an unsafe one or a part of one chosen."""
+    texts, values, safeties, cut = ([row[part] for row in samples] for part in range(4))
     online = _online(strategy=strategy, min_gap=min_gap, max_pairs_per_speech=limit, safety_floor=floor)
-    pairs = speech_pairs(texts, values, safeties, online, 0)
-    assert len(set(pairs)) == len(pairs) <= limit
+    online = online.model_copy(update={"samples_per_speech": len(samples)})
+    pairs = speech_pairs(texts, values, _barred(safeties, online, cut), online, 0)
+    assert len(set(pairs)) == len(pairs) <= most_pairs(online) <= (limit or 99)
     for chosen, rejected in pairs:
         high, low, safety = values[chosen], values[rejected], safeties[chosen]
         assert high is not None and low is not None
         assert high > low and high - low >= min_gap - 1e-9
         assert texts[chosen] != texts[rejected]
         assert floor is None or safety is None or safety >= floor
+        assert not cut[chosen]
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3, 99])
+@pytest.mark.parametrize("strategy", ["best_worst", "all", "best_random", "top_margin"])
+def test_a_speech_whose_samples_all_differ_gives_the_most_pairs(strategy: str, limit: int | None) -> None:
+    online = _online(strategy=strategy, max_pairs_per_speech=limit, samples_per_speech=7)
+    found = speech_pairs(list("abcdefg"), [float(n) for n in range(7)], (), online, 0)
+    assert len(found) == most_pairs(online)
+    assert limit is not None or len(found) == {"best_worst": 3, "all": 21}.get(strategy, 1)
+
+
+def test_a_sample_that_was_cut_off_may_be_rejected_and_is_never_chosen() -> None:
+    rows = [{"safety": None, "truncated": cut} for cut in (True, False, False)]
+    online = OnlineConfig(max_pairs_per_speech=9, strategy="all")
+    assert barred(rows, online) == {0}
+    assert speech_pairs(list("abc"), [3.0, 2.0, 1.0], barred(rows, online), online, 0) == [(1, 2)]
+    assert speech_pairs(list("abc"), [1.0, 3.0, 2.0], barred(rows, online), online, 0) == [(1, 0), (1, 2), (2, 0)]
 
 
 def _pairs(strategy: str, limit: int = 1, floor: int | None = None, seed: int = 0) -> list[tuple[int, int]]:
     online = _online(strategy=strategy, max_pairs_per_speech=limit, safety_floor=floor)
-    return speech_pairs(list("abcd"), [4.0, 1.0, 3.0, 2.0], [1, 5, 5, 5], online, seed)
+    return speech_pairs(list("abcd"), [4.0, 1.0, 3.0, 2.0], _barred([1, 5, 5, 5], online), online, seed)
 
 
 def test_each_strategy_by_hand() -> None:
@@ -120,18 +149,18 @@ def test_the_best_that_is_safe_takes_the_place_of_an_unsafe_best() -> None:
 
 def test_an_unsafe_response_may_be_rejected() -> None:
     online = _online(safety_floor=3)
-    assert speech_pairs(["a", "b"], [1.0, 2.0], [1, 5], online, 0) == [(1, 0)]
+    assert speech_pairs(["a", "b"], [1.0, 2.0], _barred([1, 5], online), online, 0) == [(1, 0)]
 
 
 @pytest.mark.parametrize("strategy", ["all", "top_margin"])
 def test_an_unsafe_response_in_the_middle_is_not_chosen_either(strategy: str) -> None:
     online = _online(strategy=strategy, safety_floor=3, max_pairs_per_speech=9)
-    assert speech_pairs(list("abc"), [3.0, 2.0, 1.0], [5, 1, 5], online, 0) == [(0, 2), (0, 1)]
+    assert speech_pairs(list("abc"), [3.0, 2.0, 1.0], _barred([5, 1, 5], online), online, 0) == [(0, 2), (0, 1)]
 
 
 def test_a_reward_gap_may_be_wider_than_ratings_ever_are() -> None:
     online = OnlineConfig(strategy="all", min_gap=7.5, max_pairs_per_speech=9)
-    assert speech_pairs(["a", "b", "c"], [9.0, 1.0, 4.0], [None] * 3, online, 0) == [(0, 1)]
+    assert speech_pairs(["a", "b", "c"], [9.0, 1.0, 4.0], (), online, 0) == [(0, 1)]
 
 
 def test_the_penalty_is_for_what_is_over_the_free_characters() -> None:

@@ -101,6 +101,9 @@ def test_best_and_worst_of_each_speech_are_paired() -> None:
         "floor_hits": 0,
         "mean_chars": pytest.approx(5.0),
         "sampled_tokens": 56,
+        "judge_tokens": 0,
+        "truncated": 0,
+        "left_out": [],
     }
 
 
@@ -117,7 +120,26 @@ def test_a_missing_score_leaves_its_sample_out(scorer: str) -> None:
     pairs, report = _round(_rollout(pool, scorer=scorer), 0)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one b", "one c"), ("two b", "two d")]
     assert report["failed"] == 2
+    assert [row["reason"] for row in report["left_out"]] == ["no score"] * 2
     assert report["mean_score"] == pytest.approx(16 / 6)
+
+
+def test_a_score_that_is_no_number_is_none() -> None:
+    """It would be better than nothing and worse than nothing, and the order of the others chance."""
+    nan = float("nan")
+    pairs, report = _round(_rollout(FakePool(TEXTS, [nan, 4.0, 2.0, 3.0, 2.0, nan, float("inf"), 1.0])))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one b", "one c"), ("two a", "two d")]
+    assert report["failed"] == 3 and report["mean_score"] == pytest.approx(12 / 5)
+
+
+def test_a_strategy_that_draws_draws_for_each_speech_and_round() -> None:
+    """Not by the place of the best sample alone, which would take the same ranks everywhere."""
+    drawn = set()
+    for number in range(20):
+        scores: list[float | None] = [4.0, 3.0, 2.0, 1.0]
+        pairs, _ = _round(_rollout(FakePool(TEXTS, scores * 2), strategy="best_random"), number)
+        drawn.add(tuple(pair["rejected"][-1] for pair in pairs))
+    assert {own for both in drawn for own in both} == set("bcd") and len(drawn) > 5
 
 
 @pytest.mark.parametrize("scorer", ["reward", "judge"])
@@ -131,6 +153,10 @@ def test_an_empty_text_is_not_scored_and_shifts_nothing(scorer: str) -> None:
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("one d", "one b"), ("two c", "two a")]
     assert report["failed"] == 3
     assert report["samples"] == 8
+    silent = "the policy said nothing"
+    assert [(row["speech_id"], row["sample"], row["reason"]) for row in report["left_out"]] == [
+        ("s0", 0, silent), ("s0", 2, silent), ("s1", 1, silent),
+    ]  # fmt: skip
 
 
 def test_the_judge_sees_each_response_with_its_own_speech() -> None:
@@ -199,5 +225,5 @@ def test_dev_speeches_have_the_same_seeds_every_time() -> None:
     rollout = _rollout(pool)
     first, seeds = rollout.dev("policy", SPEECHES[:2]), list(pool.seeds)
     assert first == rollout.dev("later", SPEECHES[:2])
-    assert mean_value(first) == 2.5 and mean_value([{"value": None}]) is None
+    assert mean_value(first) == 2.5
     assert pool.seeds == seeds and len(set(seeds)) == 2

@@ -22,6 +22,7 @@ from psycho.inference.worker import Completion
 from psycho.training.launch import read_history
 from psycho.training.loop import Trainer
 from psycho.training.online import heldout, watch
+from psycho.training.online.drawn import Drawn
 from psycho.training.online.engines import Engines
 from psycho.training.online.rollout import Rollout
 from psycho.training.online.rounds import OnlineJob, Rounds
@@ -166,7 +167,8 @@ def test_rounds_are_reported_whole(whole: Tried) -> None:
     for report in whole.reports:
         assert (report["samples"], report["failed"], report["policy"]) == (16, 0, report["round"])
         assert 0 < report["pairs"] <= 4 and 0 <= report["sync_error"] <= 1e-4
-        assert report["mean_score"] <= report["best_score"] and report["spread"] > 0 and report["logprob"] < 0
+        assert report["mean_score"] <= report["best_score"] and report["spread"] > 0 and report["entropy"] > 0
+        assert report["too_long"] == 0
         seconds = report["seconds"]
         parts = ("sampling", "scoring", "training", "sync", "checkpoint", "watch", "waiting")
         assert all(seconds[part] >= 0 for part in parts)
@@ -381,6 +383,64 @@ def test_a_tensor_that_is_not_the_trainers_stops_the_round(
     monkeypatch.setattr(Trainer, "save", corrupted)
     with pytest.raises(StageFailed, match="does not hold the trainer's weights"):
         tried()
+    # What is on disk is not what was trained: it is no half to go on from, whoever goes on.
+    assert not (tmp_path / "rounds" / "trained-1").exists() and (tmp_path / "rounds" / "sampled-0").exists()
+    monkeypatch.setattr(Trainer, "save", save)
+    tried()
+    assert _same(tried.weights, whole.weights)
+
+
+def test_a_policy_that_was_proven_once_stays_where_an_engine_fails_later(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = Tried(tmp_path, whole.policy)
+    _break_call(tried, "sample", 2)
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    read = tried.pool.read
+    monkeypatch.setattr(tried.pool, "read", lambda model, rows: read(whole.policy, rows))
+    with pytest.raises(StageFailed, match="does not hold the trainer's weights"):
+        tried()
+    assert (tmp_path / "rounds" / "trained-1" / "policy").is_dir()
+
+
+def test_answers_that_were_drawn_are_not_asked_for_again(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost after the first of two chunks, which is the later half: the next try asks for the other."""
+    tried = Tried(tmp_path, whole.policy)
+    asked: list[int] = []
+    sample, keep = tried.pool.sample, Drawn.keep
+
+    def sampled(model: str, prompts: Any, seeds: Any, *others: Any) -> list[Completion]:
+        asked.append(len(seeds))
+        return sample(model, prompts, seeds, *others)
+
+    def kept(self: Drawn, places: Any, completions: Any) -> None:
+        keep(self, places, completions)
+        raise Lost
+
+    monkeypatch.setattr(tried.pool, "sample", sampled)
+    monkeypatch.setattr(Drawn, "keep", kept)
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    monkeypatch.setattr(Drawn, "keep", keep)
+    tried()
+    assert asked == [16, 8, 16] and _same(tried.weights, whole.weights)
+    assert not list((tmp_path / "rounds").glob("sampling-*"))
+    for number in range(2):
+        found = [
+            pq.read_table(root / "rounds" / f"sampled-{number}" / "samples.parquet") for root in (tmp_path, whole.root)
+        ]
+        assert found[0].equals(found[1])
+
+
+def test_a_round_without_a_pair_is_not_sampled_again(whole: Tried, tmp_path: Path) -> None:
+    tried = Tried(tmp_path, whole.policy, min_gap=100.0)
+    for _ in range(2):
+        with pytest.raises(StageFailed, match=r"round 0 made no pair; lower online.min_gap"):
+            tried()
+    assert [name for name, _ in tried.pool.asked].count("sample") == 1
 
 
 # Dev score
@@ -388,7 +448,8 @@ def test_a_tensor_that_is_not_the_trainers_stops_the_round(
 
 def _score_dev(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
     left = iter(scores)
-    monkeypatch.setattr(Rollout, "dev", lambda self, policy, speeches: [{"value": next(left)}])
+    answer = {"response": "a", "output_tokens": 3, "judge_tokens": 2}
+    monkeypatch.setattr(Rollout, "dev", lambda self, policy, speeches: [answer | {"value": next(left)}])
 
 
 def test_the_policy_with_the_best_dev_score_is_kept(
@@ -411,6 +472,41 @@ def test_it_stops_when_the_dev_score_has_not_risen_for_so_long(
     tried = Tried(tmp_path, whole.policy, dev=2, rounds=6, patience=2)
     tried()
     assert len(tried.reports) == 3 and tried.reports[0]["chosen"]
+    assert [report["dev_tokens"] for report in [tried.reports[0]["before"], *tried.reports]] == [5] * 4
+    assert not (tmp_path / "online" / "notes.json").exists()
+
+
+def test_rounds_that_only_made_it_worse_say_so(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _score_dev(monkeypatch, [2.0, 1.0, 1.5])
+    tried = Tried(tmp_path, whole.policy, dev=2)
+    tried()
+    (note,) = json.loads((tmp_path / "online" / "notes.json").read_text())
+    assert note.startswith("no round was better by the dev score than the policy before the first (1.500 after round 2")
+
+
+def test_the_held_out_judge_is_asked_about_the_policy_that_is_kept(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it was not its turn."""
+    asked: list[int] = []
+    drawn: list[str] = []
+    scores = {"first": 0.5, "trained-1": 3.0, "trained-2": 1.0}
+    answer = {"response": "a", "output_tokens": 3, "judge_tokens": 2}
+
+    def dev(self: Any, policy: str, speeches: Any) -> list[dict[str, Any]]:
+        drawn.append(Path(policy).parent.name if Path(policy).name == "policy" else "first")
+        return [answer | {"value": scores[drawn[-1]]}]
+
+    def opinion(engines: Any, config: Any, speeches: Any, rows: Any, reporter: Any) -> dict[str, Any]:
+        asked.append(int(rows[0]["value"]))
+        return dict(zip(heldout.KEYS, (3.0, 1, 0, 10), strict=True))
+
+    monkeypatch.setattr(Rollout, "dev", dev)
+    monkeypatch.setattr(heldout, "opinion", opinion)
+    tried = Tried(tmp_path, whole.policy, dev=2, gold_every=5)
+    tried()
+    assert drawn == ["first", "trained-1", "trained-2", "trained-1"] and asked == [0, 1, 3]
+    assert tried.reports[0]["chosen"] and tried.reports[0]["gold_tokens"] == 15
 
 
 def test_the_dev_score_is_the_mean_value_of_the_dev_speeches(whole: Tried, tmp_path: Path) -> None:
@@ -441,7 +537,7 @@ def test_a_held_out_judge_watches_every_few_rounds_and_chooses_nothing(
     whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its scores fall while the dev score rises: they are told, and the policy of the best dev score is kept."""
-    opinions = iter([4.0, 2.0])
+    opinions = iter([4.0, 2.0, 1.0, 1.5])
     seen: list[list[Any]] = []
 
     def opinion(engines: Any, config: Any, speeches: Any, rows: Any, reporter: Any) -> dict[str, Any]:
@@ -452,16 +548,20 @@ def test_a_held_out_judge_watches_every_few_rounds_and_chooses_nothing(
     tried = Tried(tmp_path, whole.policy, dev=2, rounds=3, gold_every=2, kl_samples=0)
     lines: Any = _Lines()
     tried(lines)
-    assert [report.get("gold_score") for report in tried.reports] == [None, 2.0, None]
+    # The policy that is kept is that of the first round here, and it is asked about last.
+    assert [report["gold_score"] for report in tried.reports] == [1.5, 2.0, 1.0] and tried.reports[0]["chosen"]
     assert tried.reports[0]["before"]["gold_score"] == 4.0 and "before" not in tried.reports[1]
     assert tried.reports[1]["gold_tokens"] == 50 and tried.reports[1]["seconds"]["gold"] >= 0
-    assert "gold" not in tried.reports[2]["seconds"]
     told = [line for line in lines.notes if "held-out judge" in line]
-    assert [line.partition(":")[0] for line in told] == ["after round 0", "after round 2"] and "2.00" in told[1]
+    assert [line.partition(":")[0] for line in told] == [
+        "after round 0",
+        "after round 2",
+        "after round 3",
+    ] and "2.00" in told[1]
     dev = {number: report["dev_score"] for number, report in enumerate(tried.reports, 1)}
     assert tried.reports[watch.best(dev, 3) - 1]["chosen"]
-    # The answers that the dev score was taken by, not others: each dev speech is answered once a round.
-    assert [name for name, _ in tried.pool.asked].count("sample") == 3 + 4 and all(len(rows) == 2 for rows in seen)
+    # By the answers that the dev score was taken by: each dev speech is answered once a round, and once more last.
+    assert [name for name, _ in tried.pool.asked].count("sample") == 3 + 4 + 1 and all(len(rows) == 2 for rows in seen)
 
 
 def test_its_opinion_is_asked_once_where_a_job_is_resumed(

@@ -17,6 +17,7 @@ def _samples(*scores: float | None, safety: int | None = None) -> list[dict[str,
     """Two a speech."""
     return [
         {"speech_id": str(n // 2), "response": "x" * n, "score": score, "safety": safety, "output_tokens": n}
+        | {"judge_tokens": 10 * n, "truncated": n == 1}
         for n, score in enumerate(scores)
     ]
 
@@ -27,6 +28,16 @@ def test_figures_by_hand() -> None:
     assert found["mean_score"] == 2.0 and found["best_score"] == 2.5
     assert found["spread"] == pytest.approx(0.5)  # 1 and 0
     assert found["mean_chars"] == 1.5 and found["sampled_tokens"] == 6
+    assert found["judge_tokens"] == 60 and found["truncated"] == 1
+
+
+def test_a_policy_gains_nothing_by_falling_silent() -> None:
+    """An answer that is empty counts as the worst; one that could not be scored does not count."""
+    said = [{"response": "a", "value": 4.0}, {"response": "b", "value": 1.0}]
+    assert watch.mean_value(said) == 2.5
+    assert watch.mean_value([*said, {"response": "", "value": None}]) == 2.0
+    assert watch.mean_value([*said, {"response": "c", "value": None}]) == 2.5
+    assert watch.mean_value([{"response": "", "value": None}]) is None
 
 
 def test_no_score_at_all_is_no_crash() -> None:
@@ -90,7 +101,7 @@ def test_divergence_is_of_the_response_alone(nano_tokenizer: Any) -> None:
         - len(nano_tokenizer.apply_chat_template(p, tokenize=True, add_generation_prompt=True)["input_ids"])
         for p, r in texts
     ]
-    assert found["logprob"] == -1.0
+    assert found["entropy"] == 1.0
     assert found["kl"] == pytest.approx(0.5 * sum(lengths) / 2)
     assert watch.divergence(reader, nano_tokenizer, "now", "now", texts)["kl"] == 0.0
 
@@ -159,9 +170,10 @@ def test_waiting_is_what_was_in_no_phase(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_safety_floor_needs_ratings() -> None:
-    with pytest.raises(ValueError, match=r"reward model does not give; set scorer to judge or mixture"):
-        OnlineConfig(scorer="reward", safety_floor=3)
-    assert OnlineConfig(scorer="mixture", safety_floor=3).judged
+    with pytest.raises(ValueError, match=r"online.safety_floor asks the reward model's heads.*or online.scorer=judge"):
+        Config.model_validate({"online": {"safety_floor": 3}})
+    for scorer in ("judge", "mixture"):
+        assert not Config.model_validate({"online": {"safety_floor": 3, "scorer": scorer}}).online.heads
 
 
 def test_patience_needs_a_dev_share() -> None:

@@ -35,14 +35,14 @@ def with_heads(reward: str, folder: str) -> str:
     heads_file = source / HEADS / "heads.safetensors"
     if not heads_file.is_file():
         raise BadInput(
-            f"online.head_weights needs the heads of the principles, and {source.name} at {reward} has none; train it "
-            "with training.reward.principle_heads above 0"
+            f"online.head_weights and safety_floor need the heads of the principles, and {source.name} at {reward} has "
+            "none; train it with training.reward.principle_heads above 0"
         )
     holder = next((file for file in sorted(source.glob("*.safetensors")) if _SCORE in _names(file)), None)
     if holder is None:
         raise BadInput(
-            f"online.head_weights: no weights file of {reward} holds {_SCORE}; such a reward model can only be used "
-            "without head_weights"
+            f"the heads of the principles: no weights file of {reward} holds {_SCORE}; such a reward model can only be "
+            "used without online.head_weights and safety_floor"
         )
     storage.remove(folder)
     target.mkdir(parents=True)

@@ -43,9 +43,9 @@ def held_out_model(config: Config, dev: Sequence[Mapping[str, str]]) -> str:
 
 
 def due(config: Config, index: int) -> bool:
-    """True where the held-out judge is asked after `index` rounds; before the first it is, to compare with."""
+    """True where the held-out judge is asked after `index` rounds: before the first, to compare with, and last."""
     every = config.online.gold_every
-    return every is not None and index % every == 0
+    return every is not None and (index % every == 0 or index == config.online.rounds)
 
 
 def opinion(
@@ -59,16 +59,16 @@ def opinion(
 
     Returns:
         `gold_score` (1-5; None where nothing was rated), `gold_rated`, `gold_failed` (empty answers, and those the
-        judge could not rate) and `gold_tokens`, which the policy wrote for it and the judge read and wrote.
+        judge could not rate) and `gold_tokens`, which the judge read and wrote.
     """
     asked = [(speech, row) for speech, row in zip(speeches, rows, strict=True) if row["response"]]
     items = [(speech["question"], row["response"], speech.get("history")) for speech, row in asked]
-    tokens = sum(row["output_tokens"] for row in rows)
+    tokens = 0
     if engines.gold and config.evaluation.judge:
         seeds = [stable_seed("gold", config.seed, speech["speech_id"]) for speech, _ in asked]
         found = engines.gold.rate_counted(engines.gold_model, config.evaluation.judge, items, seeds, reporter)
         known = [rating.overall for rating, _ in found if rating is not None]
-        tokens += sum(spent for _, spent in found)
+        tokens = sum(spent for _, spent in found)
     else:
         known = [rating.overall for rating in gold_ratings([item[:2] for item in items]) or []]
     score = sum(known) / len(known) if known else None

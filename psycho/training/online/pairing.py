@@ -1,7 +1,8 @@
 """Pairs of a round, as pure functions of texts and scores.
 
 What pairs are made by is the score less the length penalty. Scores are compared within a speech only; a sample without
-a score stays out, a tie never pairs, and a response under the safety floor is never chosen (it may be rejected).
+a score stays out, a tie never pairs, and a response that is under the safety floor or was cut off at its most tokens is
+never chosen (it may be rejected): to choose it would be to teach what it says, and to end in the middle.
 """
 
 from __future__ import annotations
@@ -23,27 +24,36 @@ def value(score: float | None, text: str, online: OnlineConfig) -> float | None:
     return score - online.length_penalty * max(0, len(text) - online.length_free_chars) / 100
 
 
-def barred(safeties: Sequence[int | None], online: OnlineConfig) -> set[int]:
+def unsafe(samples: Sequence[Mapping[str, Any]], online: OnlineConfig) -> set[int]:
     """Places of the samples under the safety floor."""
     floor = online.safety_floor
     if floor is None:
         return set()
-    return {place for place, safety in enumerate(safeties) if safety is not None and safety < floor}
+    return {n for n, row in enumerate(samples) if row["safety"] is not None and row["safety"] < floor}
+
+
+def barred(samples: Sequence[Mapping[str, Any]], online: OnlineConfig) -> set[int]:
+    """Places of the samples that are never chosen."""
+    return unsafe(samples, online) | {place for place, row in enumerate(samples) if row["truncated"]}
 
 
 def speech_pairs(
     texts: Sequence[str],
     values: Sequence[float | None],
-    safeties: Sequence[int | None],
+    barred: Collection[int],
     online: OnlineConfig,
     seed: int,
 ) -> list[Pair]:
-    """(chosen, rejected) places of one speech's samples by the strategy asked for."""
-    unsafe = barred(safeties, online)
+    """(chosen, rejected) places of one speech's samples by the strategy asked for; those `barred` are never chosen.
+
+    Args:
+        seed: of this speech in this round, where the strategy draws.
+    """
+    limit = online.max_pairs_per_speech or _unlimited(online.strategy, len(texts))
     if online.strategy == "best_worst":
-        return best_against_worst(texts, values, online.min_gap, online.max_pairs_per_speech, unsafe)
+        return best_against_worst(texts, values, online.min_gap, limit, barred)
     order = _order(values)
-    first = next((turn for turn, place in enumerate(order) if place not in unsafe), len(order))
+    first = next((turn for turn, place in enumerate(order) if place not in barred), len(order))
     rows = [
         {"request_id": f"{place:06d}", "response": texts[place], "overall": values[place], "safety_rating": 0}
         for place in order[first:]
@@ -56,7 +66,19 @@ def speech_pairs(
     )
     found, _ = train_pairs(rows, settings, seed)
     places = [(int(chosen["request_id"]), int(rejected["request_id"])) for chosen, rejected in found]
-    return [pair for pair in places if pair[0] not in unsafe][: online.max_pairs_per_speech]
+    return [pair for pair in places if pair[0] not in barred][:limit]
+
+
+def most_pairs(online: OnlineConfig) -> int:
+    """The pairs that a speech can give."""
+    k = online.samples_per_speech
+    limit = online.max_pairs_per_speech
+    return min(limit or k * k, _unlimited("all" if limit and online.strategy == "top_margin" else online.strategy, k))
+
+
+def _unlimited(strategy: str, samples: int) -> int:
+    """The pairs that a strategy makes of so many samples where nothing limits it; the widest alone is one."""
+    return {"best_worst": samples // 2, "all": samples * (samples - 1) // 2}.get(strategy, 1)
 
 
 def best_against_worst(
@@ -64,15 +86,15 @@ def best_against_worst(
     values: Sequence[float | None],
     min_gap: float,
     limit: int,
-    unsafe: Collection[int] = (),
+    barred: Collection[int] = (),
 ) -> list[Pair]:
     """(best, worst) places of one speech's samples, then second best against second worst, up to `limit`.
 
     A pair needs a gap above zero, of at least `min_gap`, and two different texts; samples without a score stay out,
-    and those that are `unsafe` are no best.
+    and those `barred` are no best.
     """
     order = _order(values)
-    free = [place for place in order if place not in unsafe]
+    free = [place for place in order if place not in barred]
     pairs = []
     for best, worst in list(zip(free, reversed(order), strict=False))[: min(limit, len(order) // 2)]:
         gap = (values[best] or 0.0) - (values[worst] or 0.0)

@@ -30,7 +30,7 @@ from psycho.training.loop import Trainer, setup_worker, write_history, write_not
 from psycho.training.online import heldout, proof, watch
 from psycho.training.online.clock import Clock
 from psycho.training.online.pairing import round_speeches
-from psycho.training.online.ranks import on_first
+from psycho.training.online.ranks import meet, on_first
 from psycho.training.online.reference import FixedReference
 from psycho.training.online.rollout import Rollout, Sampled, Speech
 from psycho.training.online.state import RoundStore, load_optimizer, save_optimizer
@@ -38,7 +38,8 @@ from psycho.training.online.transport import DiskTransport, transport
 from psycho.training.online.turns import Turns
 
 Row = dict[str, Any]
-_EXACT, _ROUNDED = 1e-4, 0.5  # nats of a token; the second where trainer or engine computes in 16 bits
+# Nats of a token: in fp32 on a CPU; on a GPU, where vLLM's attention takes the TF32 units; in 16 bits.
+_EXACT, _TF32, _ROUNDED = 1e-4, 0.02, 0.5
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Rounds:
         self.job, self.online, self.seed = job, job.config.online, job.config.seed
         self.store, self.clock = RoundStore(job.work), Clock()
         self.notes: list[str] = []
+        meet(job.training.collective_timeout_s)
         self.turns = Turns(job.config, job.rollout.engines)
         self.done = on_first("going on", self._resume)
         with self.clock("start"):
@@ -174,9 +176,7 @@ class Rounds:
         index = max(0, number - self.online.staleness)
         policy = self.store.policy(index, self.job.policy)
         chosen = round_speeches(self.job.speeches, self.online, self.seed, number)
-        sampled = self.job.rollout(policy, number, chosen, clock)
-        if not sampled.pairs:
-            raise StageFailed(f"round {number} made no pair; lower online.min_gap")
+        sampled = self.job.rollout(policy, number, chosen, clock, self.store.sampling(number))
         with clock("watch"):
             sampled.report |= {"policy": index} | self._divergence(policy, chosen, sampled)
         self.store.keep_sampled(number, sampled)
@@ -193,7 +193,11 @@ class Rounds:
     def _train(self, number: int) -> Row:
         """Train on a round's pairs; the report of it."""
         trainer, job = self.trainer, self.job
-        groups, too_long = trainer.groups(read_rows(self.store.pairs(number)))
+        # Read by one for all: what it wrote a moment ago, others may not see yet on a file system over the network.
+        pairs = on_first("reading pairs", lambda: read_rows(self.store.pairs(number)))
+        if not pairs:
+            raise StageFailed(f"round {number} made no pair; lower online.min_gap")
+        groups, too_long = trainer.groups(pairs)
         if not groups:
             raise StageFailed(f"every pair of round {number} is over training.max_length; raise it")
         if self.fixed:
@@ -240,24 +244,29 @@ class Rounds:
         policy = self.store.policy(index, self.job.policy)
         with self.clock("sync"):
             said = proof.trainer_logprobs(self.trainer, self.probes)
-            error = on_first(f"weights after {index} rounds", lambda: self._prove(policy, said))
+            error = on_first(f"weights after {index} rounds", lambda: self._prove(index, policy, said))
         with self.clock("watch"):
             score = on_first("dev score", lambda: self._dev_score(index, policy))
-        facts = {"sync_error": error, "dev_score": score}
+        facts = {"sync_error": error, "dev_score": score, "dev_tokens": _tokens(self.answers)}
         if heldout.due(self.job.config, index):
             with self.clock("gold"):
                 facts |= on_first("held-out judge", lambda: self._held_out(index, policy))
         return facts
 
-    def _prove(self, policy: str, said: Sequence[Sequence[float]]) -> float:
+    def _prove(self, index: int, policy: str, said: Sequence[Sequence[float]]) -> float:
         exact = (self.job.training.precision, self.job.config.inference.engine.dtype) == ("fp32", "float32")
-        tolerance = self.online.sync_tolerance or (_EXACT if exact else _ROUNDED)
+        within = _ROUNDED if not exact else _EXACT if self.job.training.device == "cpu" else _TF32
+        tolerance = self.online.sync_tolerance or within
         found = self.job.rollout.engines.rollout.read_by_each(policy, [row.ids for row in self.probes])
-        error = proof.check(said, found, tolerance)
-        before, self.read = self.read, proof.Read(said, found)
-        # Adapters merged into 16 bits may be rounded away, which is no fault of the way there.
-        if before and (exact or not self.job.training.lora):
-            proof.check_moved(before, self.read)
+        try:
+            error = proof.check(said, found, tolerance)
+            before, self.read = self.read, proof.Read(said, found)
+            # Adapters merged into 16 bits may be rounded away, which is no fault of the way there.
+            if before and (exact or not self.job.training.lora):
+                proof.check_moved(before, self.read)
+        except StageFailed:
+            self.store.doubt(index)
+            raise
         return error
 
     def _dev_score(self, index: int, policy: str) -> float | None:
@@ -273,8 +282,9 @@ class Rounds:
         if "gold_score" in known:
             return {name: known[name] for name in heldout.KEYS}
         rollout, dev = self.job.rollout, self.job.dev
-        answers = self.answers or rollout.dev(policy, dev)  # an earlier try may have taken the dev score alone
-        return heldout.opinion(rollout.engines, self.job.config, dev, answers, rollout.reporter)
+        answers = self.answers or rollout.dev(policy, dev)  # where the dev score was taken another time
+        found = heldout.opinion(rollout.engines, self.job.config, dev, answers, rollout.reporter)
+        return found if self.answers else found | {"gold_tokens": found["gold_tokens"] + _tokens(answers)}
 
     def _stops(self, done: int) -> bool:
         return watch.stops(self._dev_scores(done), done, self.online.patience)
@@ -291,7 +301,9 @@ class Rounds:
 
     def _publish(self) -> None:
         trained = self.store.trained()
-        chosen = watch.best(self._dev_scores(trained), trained)
+        scores = self._dev_scores(trained)
+        chosen = watch.best(scores, trained)
+        self._look_at(chosen, scores)
         reports = self.store.rounds()
         reports[chosen - 1]["chosen"] = True
         aside = f"{self.job.output}.unfinished"
@@ -301,3 +313,21 @@ class Rounds:
         write_notes(aside, [*self.trainer.notes, *self.notes])
         Path(aside, "rounds.json").write_text(json.dumps(reports), encoding="utf-8")
         storage.publish(aside, self.job.output)  # an earlier try may have come as far as this, and died after it
+
+    def _look_at(self, chosen: int, scores: dict[int, float | None]) -> None:
+        """Say where the policy that is kept is none to be glad of, and what the held-out judge thinks of it."""
+        first, score = scores[0], scores[chosen]
+        if first is not None and score is not None and score <= first:
+            self.notes.append(
+                f"no round was better by the dev score than the policy before the first ({score:.3f} after round "
+                f"{chosen}, {first:.3f} before); compare the two before this one is used"
+            )
+        known = self.store.after(chosen)
+        if self.online.gold_every and "gold_score" not in known:
+            self.answers = []
+            self.store.keep_after(chosen, known | self._held_out(chosen, self.store.policy(chosen, self.job.policy)))
+
+
+def _tokens(answers: Sequence[Row]) -> int:
+    """What drawing and rating them took."""
+    return sum(row["output_tokens"] + row["judge_tokens"] for row in answers)

@@ -5,6 +5,7 @@ Only a judge that takes turns with the policy in one engine has to wait until th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,10 +41,11 @@ class Scoring:
         if engines.judge and engines.judge is not engines.rollout:
             self._ratings = engines.judge.rating(engines.judge_model, config.judge, reporter)
 
-    def add(self, start: int, completions: Sequence[Completion]) -> None:
-        """Samples from the place `start` on; an empty one has no score."""
-        texts = {start + n: text for n, done in enumerate(completions) if (text := done.text.strip())}
-        places = self._places[start] = list(texts)
+    def add(self, asked: Sequence[int], completions: Sequence[Completion]) -> None:
+        """Samples at these places; an empty one has no score."""
+        texts = {place: text for place, done in zip(asked, completions, strict=True) if (text := done.text.strip())}
+        start, places = asked[0], list(texts)
+        self._places[start] = places
         if self._rewards and places:
             whole = [[*self._prompts[p], {"role": "assistant", "content": texts[p]}] for p in places]
             self._rewards.add(start, whole)
@@ -51,12 +53,15 @@ class Scoring:
             self._ratings.add(start, [self._item(p, texts[p]) for p in places], [self._seeds[p] for p in places])
 
     def finish(self, rows: Sequence[Row]) -> None:
-        """Write `reward`, `heads`, `overall`, `safety`, `score` and `value` into the rows of `rollout.SAMPLE`."""
+        """Write what was found, `reward` to `value`, into the rows of `rollout.SAMPLE`."""
         if self._rewards:
             for place, labels in self._by_place(self._rewards):
-                if labels is not None:
+                if labels is not None and all(map(math.isfinite, labels)):  # else there is no better and no worse
                     rows[place] |= {"reward": labels[0], "heads": labels[1:] or None}
-        for place, (rating, _) in self._by_place(self._ratings) if self._ratings else self._in_turn(rows):
+                    if labels[1:]:
+                        rows[place]["safety"] = dict(zip(STEMS, labels[1:], strict=True))["safety"]
+        for place, (rating, spent) in self._by_place(self._ratings) if self._ratings else self._in_turn(rows):
+            rows[place]["judge_tokens"] = spent
             if rating is not None:
                 rows[place] |= {"overall": rating.overall, "safety": rating.ratings["safety"]}
         for row in rows:

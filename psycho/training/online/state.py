@@ -1,8 +1,11 @@
 """The rounds on disk: each half of a round, sampled and trained, is there whole or not at all.
 
+    sampling-<n>/  answers to round n so far, while it is sampled (`drawn.py`)
     sampled-<n>/   samples.parquet, pairs/, report.json: round n before its training
     trained-<i>/   policy/, optimizer/, report.json: the state after i rounds
     after-<i>.json what was found after that: the proof of the weights, the dev score, the time
+
+Samples and pairs stay when the job is done (`evidence`): they are what its rewards can be checked by.
 
 A half is written aside and renamed, so an interrupted job goes on from the last one that is there. A worker can outlive
 its killed driver for a moment and write the same half once more: the later one replaces the earlier, and as content
@@ -20,7 +23,7 @@ import pyarrow as pa
 
 from psycho import storage
 from psycho.training.online.heldout import KEYS
-from psycho.training.online.rollout import SAMPLE, Sampled
+from psycho.training.online.rollout import PAIR, SAMPLE, Sampled
 
 Row = dict[str, Any]
 _ASIDE = ".unfinished-"
@@ -35,7 +38,8 @@ class RoundStore:
 
     def tidy(self) -> None:
         """Remove what was being written when an earlier try was interrupted."""
-        for aside in [*self._folder.glob(f"{_ASIDE}*"), *self._folder.glob("*.old")]:
+        done = [self._folder / path.name.replace("sampled", "sampling") for path in self._folder.glob("sampled-*")]
+        for aside in [*self._folder.glob(f"{_ASIDE}*"), *self._folder.glob("*.old"), *done]:
             storage.remove(str(aside))
 
     def aside(self) -> Path:
@@ -56,6 +60,10 @@ class RoundStore:
         """The folder of a round's pairs."""
         return str(self._folder / f"sampled-{number}" / "pairs")
 
+    def sampling(self, number: int) -> str:
+        """The folder of answers to a round that is not sampled yet."""
+        return str(self._folder / f"sampling-{number}")
+
     def has_sampled(self, number: int) -> bool:
         return (self._folder / f"sampled-{number}").is_dir()
 
@@ -63,12 +71,22 @@ class RoundStore:
         """The first half of a round."""
         folder = self.aside()
         storage.write_rows(pa.Table.from_pylist(sampled.samples, schema=SAMPLE), str(folder / "samples.parquet"))
-        storage.write_table(pa.Table.from_pylist(sampled.pairs), str(folder / "pairs"))
+        storage.write_table(pa.Table.from_pylist(sampled.pairs, schema=PAIR), str(folder / "pairs"))
         self._publish(folder, f"sampled-{number}", sampled.report)
+        storage.remove(self.sampling(number))
 
     def keep_trained(self, index: int, folder: Path, report: Row) -> None:
         """The second half, whose policy and optimizer all ranks have written into `folder`."""
         self._publish(folder, f"trained-{index}", report)
+
+    def doubt(self, index: int) -> None:
+        """The engines do not say of the policy after `index` rounds what the trainer does: it is not gone on from.
+
+        Unless it was proven once, or nothing is left of the one before: then the fault is not in the folder.
+        """
+        before = self._folder / f"trained-{index - 1}" / "optimizer"
+        if index and not self.after(index) and (index == 1 or before.is_dir()):
+            storage.remove(str(self._folder / f"trained-{index}"))
 
     def keep_after(self, index: int, facts: Row) -> None:
         storage.write_text(str(self._folder / f"after-{index}.json"), json.dumps(facts))
@@ -86,12 +104,20 @@ class RoundStore:
         reports = []
         for number in range(self.trained()):
             parts = [_read(self._folder / f"sampled-{number}" / "report.json"), self.after(number + 1)]
+            parts[1]["too_long"] = self.training(number + 1)["too_long"]
             seconds = {name: value for part in parts for name, value in part.get("seconds", {}).items()}
             reports.append(parts[0] | parts[1] | {"seconds": seconds})
         if reports:
             first = self.after(0)
-            reports[0]["before"] = {name: first[name] for name in ("dev_score", *KEYS) if name in first}
+            reports[0]["before"] = {name: first[name] for name in ("dev_score", "dev_tokens", *KEYS) if name in first}
         return reports
+
+    def evidence(self, folder: str) -> None:
+        """`samples/` and `pairs/`, a Parquet file a trained round, below `folder`."""
+        for number in range(self.trained()):
+            samples = storage.read_table(str(self._folder / f"sampled-{number}" / "samples.parquet"))
+            for name, table in (("samples", samples), ("pairs", storage.read_table(self.pairs(number)))):
+                storage.write_rows(table, storage.join(folder, name, f"round-{number:03d}.parquet"))
 
     def forget(self, keep: set[int]) -> None:
         """Remove the policies after other numbers of rounds, and all optimizers but that of the last."""

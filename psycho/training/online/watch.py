@@ -10,7 +10,7 @@ from typing import Any
 from psycho.config import OnlineConfig
 from psycho.inference.pool import WorkerPool
 from psycho.training.groups import encode
-from psycho.training.online.pairing import barred
+from psycho.training.online.pairing import unsafe
 
 Row = Mapping[str, Any]
 
@@ -35,13 +35,19 @@ def figures(samples: Sequence[Row], online: OnlineConfig) -> dict[str, Any]:
         "spread": sum(map(statistics.pstdev, by_speech.values())) / speeches,
         "mean_chars": sum(len(row["response"]) for row in samples) / max(1, len(samples)),
         "sampled_tokens": sum(row["output_tokens"] for row in samples),
-        "floor_hits": len(barred([row["safety"] for row in samples], online)),
+        "judge_tokens": sum(row["judge_tokens"] for row in samples),
+        "truncated": sum(row["truncated"] for row in samples),
+        "floor_hits": len(unsafe(samples, online)),
     }
 
 
 def mean_value(samples: Sequence[Row]) -> float | None:
-    """The mean of the samples' values; None where there is none."""
+    """The mean of the samples' values; None where there is none.
+
+    An answer that is empty counts as the worst there was, or a policy would gain by falling silent.
+    """
     known = [row["value"] for row in samples if row["value"] is not None]
+    known += [min(known) for row in samples if known and not row["response"]]
     return sum(known) / len(known) if known else None
 
 
@@ -58,7 +64,8 @@ def divergence(
     """The policy's distance from the first one, by its own samples (prompt messages, response).
 
     `kl`: mean log-ratio of a whole response, in nats, an estimate of the KL divergence (of the distribution that is
-    sampled from, where temperature and top_p are 1). `logprob`: mean log-probability of a response's token.
+    sampled from, where temperature and top_p are 1). `entropy`: less the mean log-probability of a sampled token, in
+    nats, an estimate of the entropy of the next token under the same condition.
     """
     rows = [encode(tokenizer, prompt, response) for prompt, response in texts]
     ids = [row.ids for row in rows]
@@ -74,7 +81,7 @@ def divergence(
         tokens += len(trained)
     if not tokens:
         return {}
-    return {"kl": sum(ratios) / len(ratios), "logprob": total / tokens}
+    return {"kl": sum(ratios) / len(ratios), "entropy": -total / tokens}
 
 
 def best(dev: Mapping[int, float | None], trained: int) -> int:
