@@ -307,14 +307,14 @@ def online_rounds(rounds: Rows) -> Markup:
     panels: list[tuple[str, list[tuple[str, str, str]]]] = [
         ("score", [("mean_score", "mean of samples", JUDGE), ("best_score", "best of a speech", MUTED),
                    ("dev_score", "dev, after the round", GOLD)]),
-        ("held-out judge, 1 to 5, after the round", [("gold_score", "", GOLD)]),
+        ("held-out judge, 1 to 5", [("gold_score", "", GOLD)]),
         ("mean length in characters", [("mean_chars", "", CONTROLLED)]),
-        ("samples' mean log-ratio to the first policy (nats)", [("kl", "", GOLD)]),
-        ("entropy (nats a token)", [("entropy", "", GOLD)]),
-        ("share", [("tie_share", "speeches without a better sample", JUDGE), ("floor_share", "unsafe samples", GOLD),
+        ("log-ratio to the first policy", [("kl", "", GOLD)]),
+        ("entropy, nats a token", [("entropy", "", GOLD)]),
+        ("share", [("tie_share", "speeches that tie", JUDGE), ("floor_share", "unsafe samples", GOLD),
                    ("cut_share", "samples cut off", MUTED)]),
     ]  # fmt: skip
-    rounds = [{**row, **_shares(row)} for row in rounds]
+    rounds = _with_shares(rounds)
     panels = [panel for panel in panels if any(_known(rounds, key) for key, *_ in panel[1])]
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -341,11 +341,15 @@ def online_rounds(rounds: Rows) -> Markup:
     return drawing.svg
 
 
-def _shares(row: Mapping[str, Any]) -> dict[str, float]:
-    """Counts of a round's samples as shares; what never happened is no line."""
-    counts = {"floor_share": row.get("floor_hits"), "cut_share": row.get("truncated")}
-    shares = {name: count / row["samples"] for name, count in counts.items() if count}
-    return shares | ({"tie_share": row["ties"]} if row.get("ties") is not None else {})
+def _with_shares(rounds: Rows) -> list[dict[str, Any]]:
+    """The rounds with counts of their samples as shares; what never happened is no line."""
+    names = {"floor_share": "floor_hits", "cut_share": "truncated"}
+    happened = {name: key for name, key in names.items() if any(row.get(key) for row in rounds)}
+    return [
+        {**row, "tie_share": row.get("ties")}
+        | {name: row[key] / row["samples"] for name, key in happened.items() if key in row}
+        for row in rounds
+    ]
 
 
 def _known(rounds: Rows, key: str) -> list[tuple[float, float]]:

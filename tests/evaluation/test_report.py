@@ -223,7 +223,7 @@ def test_online_rounds_say_which_policy_was_kept_and_draw_what_was_watched(fake_
     )
     drawn = html[html.index('id="rounds-figure_1"') :]
     assert all(word in drawn for word in ("dev, after the round", "to the first policy", "best of a speech", "entropy"))
-    assert all(word in drawn for word in ("speeches without a better sample", "unsafe samples", "samples cut off"))
+    assert all(word in drawn for word in ("speeches that tie", "unsafe samples", "samples cut off"))
 
 
 def test_online_rounds_show_what_the_held_out_judge_said(fake_run: Any) -> None:
