@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
+import ray
 import torch.distributed as dist
 
 from psycho.errors import StageFailed
@@ -20,7 +23,18 @@ def meet(limit_s: float) -> None:
     Where all of them meet on their GPUs, those that wait for the samples would keep the GPU busy that an engine samples
     on: a rank waits in a kernel there.
     """
+    if dist.get_backend() != "gloo" and (network := interface(ray.util.get_node_ip_address())):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
     _meetings[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s))
+
+
+def interface(address: str) -> str | None:
+    """The network interface with this address.
+
+    Left alone, gloo takes the one that the host's name stands for, which on many hosts nobody else can reach.
+    """
+    held = psutil.net_if_addrs().items()
+    return next((name for name, addresses in held if any(own.address == address for own in addresses)), None)
 
 
 def on_first(what: str, call: Callable[[], T]) -> T:
