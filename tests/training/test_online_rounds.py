@@ -329,6 +329,16 @@ def test_half_a_half_is_nothing(whole: Tried, tmp_path: Path, monkeypatch: pytes
     assert _same(tried.weights, whole.weights)
 
 
+def test_samples_and_pairs_of_every_round_stay_as_evidence(whole: Tried, tmp_path: Path) -> None:
+    RoundStore(str(whole.root / "rounds")).evidence(str(tmp_path))
+    for number, report in enumerate(whole.reports):
+        samples, pairs = (pq.read_table(tmp_path / n / f"round-{number:03d}.parquet") for n in ("samples", "pairs"))
+        assert samples.equals(pq.read_table(whole.root / "rounds" / f"sampled-{number}" / "samples.parquet"))
+        assert pairs.num_rows == report["pairs"] and set(pairs["chosen"].to_pylist()) <= set(
+            samples["response"].to_pylist()
+        )
+
+
 def test_samples_of_every_round_are_on_disk_with_their_scores(whole: Tried) -> None:
     for number in range(2):
         rows = pq.read_table(whole.root / "rounds" / f"sampled-{number}" / "samples.parquet").to_pylist()

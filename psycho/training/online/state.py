@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from psycho import storage
 from psycho.training.online.heldout import KEYS
@@ -115,7 +116,7 @@ class RoundStore:
     def evidence(self, folder: str) -> None:
         """`samples/` and `pairs/`, a Parquet file a trained round, below `folder`."""
         for number in range(self.trained()):
-            samples = storage.read_table(str(self._folder / f"sampled-{number}" / "samples.parquet"))
+            samples = pq.read_table(self._folder / f"sampled-{number}" / "samples.parquet")
             for name, table in (("samples", samples), ("pairs", storage.read_table(self.pairs(number)))):
                 storage.write_rows(table, storage.join(folder, name, f"round-{number:03d}.parquet"))
 
