@@ -85,12 +85,10 @@ class Config(Section):
         if self.online.gold_every is not None and not self.pairs.dev_share:
             raise ValueError("online.gold_every rates answers to dev speeches, and pairs.dev_share is 0; set it to 0.1")
         if self.online.heads and not self.training.reward.principle_heads:
-            setting, other = ("head_weights", "") if self.online.head_weights else (
-                "safety_floor", ", or online.scorer=judge"
-            )  # fmt: skip
+            setting = "head_weights" if self.online.head_weights else "safety_floor"
             raise ValueError(
                 f"online.{setting} asks the reward model's heads, and training.reward.principle_heads is 0, so it "
-                f"gets none; set it to 0.1, say{other}"
+                f"gets none; set it to 0.1, say, or leave online.{setting} out"
             )
         held_out = self.evaluation.judge
         if self.online.gold_every and self.online.judged and held_out and held_out.model == self.judge.model:

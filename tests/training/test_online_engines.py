@@ -116,3 +116,29 @@ def test_a_judge_shares_the_workers_where_it_can(tiny_llama: Callable[..., str])
     assert not module.takes_turns(_config(scorer="judge", scorer_workers=1), policy, judge)
     own = config.model_copy(update={"judge": config.judge.model_copy(update={"engine": config.inference.engine})})
     assert not module.takes_turns(own, policy, judge)
+
+
+@pytest.mark.parametrize(("shares", "colocated"), [(False, False), (True, False), (False, True), (True, True)])
+def test_engines_that_may_share_a_gpu_start_one_after_the_other(shares: bool, colocated: bool) -> None:
+    """Each measures what memory is free, so that it must be up before the next begins."""
+    calls: list[str] = []
+
+    class Pool:
+        shares_gpus = shares
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def use(self, model: str, runner: str) -> None:
+            calls.append(f"{self.name} up")
+
+        def start(self, model: str, runner: str) -> None:
+            calls.append(f"{self.name} begun")
+
+        def sleep(self, level: int) -> None:
+            calls.append(f"{self.name} asleep")
+
+    pools: Any = [Pool("rollout"), Pool("reward")]
+    Engines(pools[0], pools[1], colocated=colocated).start("policy")
+    each = ["up", "asleep"] if colocated else ["up"] if shares else ["begun"]
+    assert calls == [f"{name} {what}" for name in ("rollout", "reward") for what in each]

@@ -215,6 +215,14 @@ def _break_call(tried: Tried, name: str, turn: int) -> None:
     tried.pool.break_at = fail
 
 
+def _lose(tried: Tried, name: str, turn: int) -> None:
+    """A try that ends there."""
+    _break_call(tried, name, turn)
+    with pytest.raises(StageFailed, match="Lost"):
+        tried()
+    tried.pool.break_at = lambda name: None
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize(
     ("call", "turn"),
@@ -240,10 +248,7 @@ def test_a_rerun_goes_on_from_the_last_half(
 
     monkeypatch.setattr(Trainer, "fit", noted)
     tried = Tried(tmp_path / "broken", whole.policy, **settings)
-    _break_call(tried, call, turn)
-    with pytest.raises(StageFailed, match="Lost"):
-        tried()
-    tried.pool.break_at = lambda name: None
+    _lose(tried, call, turn)
     tried()
     assert _same(tried.weights, other.weights)
     assert tried.losses == other.losses
@@ -303,10 +308,7 @@ def test_adapters_go_on_too(whole: Tried, tmp_path: Path) -> None:
     other = Tried(tmp_path / "whole", whole.policy, training=lora)
     other()
     tried = Tried(tmp_path / "broken", whole.policy, training=lora)
-    _break_call(tried, "sample", 2)
-    with pytest.raises(StageFailed, match="Lost"):
-        tried()
-    tried.pool.break_at = lambda name: None
+    _lose(tried, "sample", 2)
     tried()
     assert _same(tried.weights, other.weights) and not _same(tried.weights, whole.weights)
 
@@ -363,13 +365,10 @@ def test_an_optimizer_of_other_workers_is_not_gone_on_with_and_said(
     whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = Tried(tmp_path, whole.policy)
-    _break_call(tried, "sample", 2)
-    with pytest.raises(StageFailed, match="Lost"):
-        tried()
+    _lose(tried, "sample", 2)
     report = tmp_path / "rounds" / "trained-1" / "report.json"
     found = json.loads(report.read_text())
     report.write_text(json.dumps(found | {"shards": found["shards"] | {"world": 3}}))
-    tried.pool.break_at = lambda name: None
     tried()
     assert "the optimizer started anew after round 1" in (tmp_path / "online" / "notes.json").read_text()
     assert not (whole.root / "online" / "notes.json").exists()
@@ -404,9 +403,7 @@ def test_a_policy_that_was_proven_once_stays_where_an_engine_fails_later(
     whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = Tried(tmp_path, whole.policy)
-    _break_call(tried, "sample", 2)
-    with pytest.raises(StageFailed, match="Lost"):
-        tried()
+    _lose(tried, "sample", 2)
     read = tried.pool.read
     monkeypatch.setattr(tried.pool, "read", lambda model, rows: read(whole.policy, rows))
     with pytest.raises(StageFailed, match="does not hold the trainer's weights"):
@@ -585,10 +582,7 @@ def test_its_opinion_is_asked_once_where_a_job_is_resumed(
 
     monkeypatch.setattr(heldout, "opinion", opinion)
     tried = Tried(tmp_path, whole.policy, dev=2, gold_every=1, kl_samples=0)
-    _break_call(tried, "sample", 4)  # dev, round 0, dev, round 1
-    with pytest.raises(StageFailed, match="Lost"):
-        tried()
-    tried.pool.break_at = lambda name: None
+    _lose(tried, "sample", 4)  # dev, round 0, dev, round 1
     tried()
     assert len(asked) == 3 and [report["gold_score"] for report in tried.reports] == [3.0, 3.0]
 

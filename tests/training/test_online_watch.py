@@ -170,7 +170,9 @@ def test_waiting_is_what_was_in_no_phase(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_safety_floor_needs_ratings() -> None:
-    with pytest.raises(ValueError, match=r"online.safety_floor asks the reward model's heads.*or online.scorer=judge"):
+    with pytest.raises(
+        ValueError, match=r"online.safety_floor asks the reward model's heads.*or leave online.safety_floor out"
+    ):
         Config.model_validate({"online": {"safety_floor": 3}})
     for scorer in ("judge", "mixture"):
         assert not Config.model_validate({"online": {"safety_floor": 3, "scorer": scorer}}).online.heads

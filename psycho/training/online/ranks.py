@@ -28,6 +28,11 @@ def meet(limit_s: float) -> None:
     _meetings[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s))
 
 
+def together() -> None:
+    """All ranks have come as far as this."""
+    dist.barrier(group=_meetings.get(dist.group.WORLD))
+
+
 def interface(address: str) -> str | None:
     """The network interface with this address.
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from psycho.config import Config
 from psycho.training.online.engines import Engines
-from psycho.training.online.ranks import on_first
+from psycho.training.online.ranks import on_first, together
 
 
 class Turns:
@@ -58,7 +57,7 @@ def _give_back() -> None:
     """What the training holds on the GPUs and does not use, which the engines could not have; collective."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    dist.barrier()  # rank 0 wakes the engines of all GPUs
+    together()  # rank 0 wakes the engines of all GPUs
 
 
 def used_gib() -> float:
