@@ -6,17 +6,25 @@ object store a put is atomic by itself, and a folder counts only once its manife
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
-from psycho.errors import BadInput
+from psycho.errors import BadInput, WaitTimedOut
+
+_COPY_LIMIT_S = 3600.0  # the longest that one worker waits for another of its node to fetch a model
+_ORIGIN = ".origin"
 
 
 def is_remote(uri: str) -> bool:
@@ -48,12 +56,33 @@ def exists(uri: str) -> bool:
     return fs.get_file_info(path).type != pafs.FileType.NotFound
 
 
+def names(uri: str) -> list[str]:
+    """What lies directly below a folder, sorted; none where there is no folder."""
+    fs, path = resolve(uri)
+    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found)
+
+
+def listing(uri: str) -> list[tuple[str, int, int]]:
+    """(path inside, bytes, time in ns) of every file below a folder, sorted: another content is another listing."""
+    fs, path = resolve(uri)
+    found = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = [info for info in found if info.type == pafs.FileType.File]
+    return sorted((info.path[len(path) :].lstrip("/"), info.size, info.mtime_ns or 0) for info in files)
+
+
 def read_text(uri: str) -> str | None:
     """The text of a file, or None where there is none."""
+    content = read_bytes(uri)
+    return None if content is None else content.decode()
+
+
+def read_bytes(uri: str) -> bytes | None:
+    """The content of a file, or None where there is none."""
     fs, path = resolve(uri)
     try:
         with fs.open_input_stream(path) as stream:
-            return stream.read().decode()
+            return bytes(stream.read())
     except FileNotFoundError:
         return None
 
@@ -117,30 +146,106 @@ def copy_dir(source: str, target: str) -> None:
     """Copy a folder or file between any two places."""
     source_fs, source_path = resolve(source)
     target_fs, target_path = resolve(target)
-    if source_fs.get_file_info(source_path).type == pafs.FileType.File:
-        with (
-            source_fs.open_input_stream(source_path) as from_,
-            target_fs.open_output_stream(target_path) as to,
-        ):
-            to.write(from_.read())
-        return
-    target_fs.create_dir(target_path, recursive=True)
+    alone = source_fs.get_file_info(source_path).type == pafs.FileType.File
+    target_fs.create_dir(str(PurePosixPath(target_path).parent) if alone else target_path, recursive=True)
     pafs.copy_files(source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs)
 
 
+@contextmanager
+def writing(uri: str) -> Iterator[Path]:
+    """A local path to write a file to, for what writes to nothing else; it stands at `uri` once the block has ended."""
+    if is_remote(uri):
+        with tempfile.TemporaryDirectory(prefix="psycho-") as folder:
+            yield Path(folder, "file")
+            copy_dir(str(Path(folder, "file")), uri)
+        return
+    target = Path(resolve(uri)[1])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield aside
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(uri: str) -> Iterator[Path]:
+    """A local folder whose files lie below `uri` once the block has ended: `uri` itself where that is local.
+
+    It may be entered by several processes, each with files of its own. A folder that is only half there is told by a
+    file that is written last, after the block.
+    """
+    if is_remote(uri):
+        with tempfile.TemporaryDirectory(prefix="psycho-") as folder:
+            yield Path(folder)
+            copy_dir(folder, uri)
+        return
+    target = Path(resolve(uri)[1])
+    target.mkdir(parents=True, exist_ok=True)
+    yield target
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[Path]:
+    """A local path that holds the file `uri` as long as the block lasts."""
+    if not is_remote(uri):
+        yield Path(resolve(uri)[1])
+        return
+    with tempfile.TemporaryDirectory(prefix="psycho-") as folder:
+        copy_dir(uri, str(Path(folder, "file")))
+        yield Path(folder, "file")
+
+
 def local_copy(uri: str, cache: Path) -> str:
-    """A local path that holds the folder `uri`: itself when local, else a copy below `cache`, made once."""
+    """A local path that holds the folder `uri`: itself when local, else a copy below `cache`.
+
+    A node makes one copy of a content, however many of its workers ask. Copies whose original is gone or has changed
+    since go when the next is made, so that the policies of a long job do not fill the disk.
+
+    Raises:
+        BadInput: there is no such folder on the object store.
+        WaitTimedOut: another worker of this node did not finish the copy within an hour.
+    """
     if not is_remote(uri):
         return resolve(uri)[1]
-    target = cache / uri.replace("://", "/").replace("/", "_")
-    if not target.exists():
-        aside = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
-        copy_dir(uri, str(aside))
-        try:
-            aside.rename(target)
-        except OSError:  # another worker of this node was first
-            shutil.rmtree(aside, ignore_errors=True)
+    content = _content(uri)
+    if content is None:
+        raise BadInput(f"{uri} does not exist or is empty; check the address")
+    target = cache / f"{PurePosixPath(uri).name}-{content}"
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cache / f"{target.name}.lock", timeout=_COPY_LIMIT_S):
+            if not target.is_dir():
+                _drop_old_copies(cache)
+                aside = cache / f".{target.name}.{uuid.uuid4().hex[:8]}"
+                try:
+                    copy_dir(uri, str(aside))
+                    Path(cache, f"{target.name}{_ORIGIN}").write_text(json.dumps([uri, content]), encoding="utf-8")
+                    aside.rename(target)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
+    except Timeout:
+        raise WaitTimedOut(f"another worker's copy of {uri}", _COPY_LIMIT_S) from None
     return str(target)
+
+
+def _content(uri: str) -> str | None:
+    """A short name of what a folder holds; none where it holds nothing."""
+    found = listing(uri)
+    return hashlib.sha256(repr((uri, found)).encode()).hexdigest()[:16] if found else None
+
+
+def _drop_old_copies(cache: Path) -> None:
+    for origin in cache.glob(f"*{_ORIGIN}"):
+        uri, content = json.loads(origin.read_text(encoding="utf-8"))
+        try:
+            stands = _content(uri) == content
+        except (OSError, BadInput):  # a store that cannot be reached just now says nothing of its models
+            continue
+        if not stands:
+            shutil.rmtree(cache / origin.name.removesuffix(_ORIGIN), ignore_errors=True)
+            origin.unlink(missing_ok=True)
 
 
 def write_table(table: pa.Table, uri: str, files: int = 1) -> None:

@@ -16,7 +16,6 @@ import pyarrow as pa
 from psycho import storage
 from psycho.evaluation.comparison import Verdict, both_orders, first_place_rate, summarise
 from psycho.evaluation.metrics import audit_reward_margins
-from psycho.inference.models import cache_root
 from psycho.inference.pool import WorkerPool
 from psycho.inference.requests import prompt
 from psycho.inference.worker import Completion
@@ -90,7 +89,7 @@ def sample_all(job: Job, pool: WorkerPool, speeches: Speeches, reporter: Reporte
     config = job.config
     folders = {"base": resolve(config, config.policy), BASELINE: resolve(config, config.evaluation.baseline)}
     for name in POLICIES[1:]:
-        folders[name] = storage.local_copy(job.run.path("models", name), cache_root() / "models")
+        folders[name] = job.run.path("models", name)
     prompts = [prompt(s, config.generation.system_prompt) for s in speeches]
     return {
         name: pool.sample(
@@ -161,7 +160,7 @@ def win_rates(
 def audit_reward(job: Job, pool: WorkerPool) -> dict[str, Any]:
     """Accuracy, AUC, ECE and Brier of the reward model on the test pairs, with its reliability curve."""
     pairs = storage.read_table(job.run.path("preferences", "test")).to_pylist()
-    model = storage.local_copy(job.run.path("models", "reward"), cache_root() / "models")
+    model = job.run.path("models", "reward")
     conversations = [
         [
             *prompt(p, job.config.generation.system_prompt),

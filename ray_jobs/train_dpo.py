@@ -6,7 +6,6 @@ python -m ray_jobs.train_dpo --config configs/nano.yaml --set training.dpo.beta=
 from __future__ import annotations
 
 from psycho import storage
-from psycho.inference.models import cache_root
 from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.run import StageResult
@@ -22,7 +21,7 @@ def train_dpo(job: Job) -> None:
         ensure_nano(job)
         start = resolve(config, config.policy)
         if config.training.dpo.init == "sft":
-            start = storage.local_copy(job.run.path("models", "sft"), cache_root() / "models")
+            start = job.run.path("models", "sft")
         rows = preference_rows(config, storage.read_table(job.run.path("preferences", "train")))
         dev = dev_rows(job, preference_rows)
         return train_stage(job, "dpo", "dpo", start, rows, config.training.dpo, partial, dev=dev)

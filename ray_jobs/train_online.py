@@ -6,10 +6,8 @@ python -m ray_jobs.train_online --config configs/nano.yaml --set online.rounds=2
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from psycho import storage
-from psycho.inference.models import cache_root
 from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.preferences.build import split_of
@@ -35,15 +33,13 @@ def train_online(job: Job) -> None:
 
         output, work = storage.join(partial, "models", "online"), storage.join(partial, "rounds")
         storage.remove(output)
-        for folder in (output, work):
-            Path(folder).parent.mkdir(parents=True, exist_ok=True)
-        start = _local(job, "dpo")
+        start = job.run.path("models", "dpo")
         # The other ranks wait in a collective while rank 0 asks the engines, and must not give up first.
         inference = config.inference
         first = max(online.round_timeout_s, inference.start_timeout_s + inference.batch_timeout_s)
         limit = max(config.training.collective_timeout_s, first + 60)
         training = config.training.model_copy(update={"collective_timeout_s": limit})
-        reward = _local(job, "reward") if online.rewarded else ""
+        reward = job.run.path("models", "reward") if online.rewarded else ""
         if online.heads:
             from psycho.training.online.heads import with_heads
 
@@ -76,22 +72,19 @@ def train_online(job: Job) -> None:
     job.stage("train_online", body)
 
 
-def _local(job: Job, name: str) -> str:
-    return storage.local_copy(job.run.path("models", name), cache_root() / "models")
-
-
 def _result(output: str) -> StageResult:
     rounds = json.loads(storage.read_text(storage.join(output, "rounds.json")) or "[]")
-    failed = sum(report["failed"] for report in rounds)
-    samples = sum(report["samples"] for report in rounds)
-    spent = [rounds[0].get("before", {}), *rounds] if rounds else []
+    sampled = [*rounds, *(report["dropped"] for report in rounds if "dropped" in report)]
+    failed = sum(report["failed"] for report in sampled)
+    samples = sum(report["samples"] for report in sampled)
+    spent = [rounds[0].get("before", {}), *sampled] if rounds else []
     kinds = ("sampled_tokens", "judge_tokens", "dev_tokens", "gold_tokens")
     tokens = sum(row["tokens"] for row in read_history(output)) + sum(r.get(kind, 0) for r in spent for kind in kinds)
     return StageResult(
         rows_in=samples,
         rows_out=samples - failed,
         tokens=int(tokens),
-        quarantine=[{"round": r["round"]} | row for r in rounds for row in r.pop("left_out")],
+        quarantine=[{"round": r["round"]} | row for r in sampled for row in r.pop("left_out")],
         extra={"rounds": rounds},
     )
 

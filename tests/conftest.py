@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.fs as pafs
 import pytest
 
@@ -83,6 +84,7 @@ class Bucket:
     def __init__(self, address: str) -> None:
         self.fs = pafs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True)
         self.fs.create_dir("speeches")
+        self.uri = "s3://speeches"
 
     def put(self, name: str, content: bytes) -> None:
         with self.fs.open_output_stream(f"speeches/{name}") as stream:
@@ -102,6 +104,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     try:
         yield Bucket(f"{host}:{port}")
+        httpx.post(f"http://{host}:{port}/moto-api/reset").raise_for_status()  # it outlives its server
     finally:
         server.stop()
 

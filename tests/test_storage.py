@@ -154,15 +154,88 @@ def test_answers_that_cannot_be_read_just_now_are_not_thrown_away(tmp_path, monk
     assert (tmp_path / "a.parquet").exists() == stays
 
 
-def test_a_local_copy_is_the_folder_itself_or_made_once(tmp_path, store):
+def test_a_local_copy_is_the_folder_itself_or_made_once(tmp_path, store, monkeypatch):
     assert storage.local_copy(str(tmp_path), tmp_path / "cache") == str(tmp_path)
-    storage.write_text(storage.join(store, "model", "config.json"), "{}")
-    copy = storage.local_copy(storage.join(store, "model"), tmp_path / "cache")
+    model = storage.join(store, "model")
+    storage.write_text(storage.join(model, "config.json"), "{}")
+    copy = storage.local_copy(model, tmp_path / "cache")
     assert Path(copy, "config.json").read_text() == "{}"
-    storage.write_text(storage.join(store, "model", "config.json"), "changed")
-    assert storage.local_copy(storage.join(store, "model"), tmp_path / "cache") == copy
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(copy).name]
-    assert Path(copy, "config.json").read_text() == "{}"
+    monkeypatch.setattr(storage, "copy_dir", None)
+    assert storage.local_copy(model, tmp_path / "cache") == copy
+
+
+def test_a_model_that_was_trained_again_is_copied_again(tmp_path, store):
+    """Under the same name: the old copy would be loaded for the new model."""
+    cache = tmp_path / "cache"
+
+    def copies() -> set[str]:
+        return {str(path) for path in cache.iterdir() if path.is_dir()}
+
+    model, other = storage.join(store, "v1.5-model"), storage.join(store, "other")
+    storage.write_text(storage.join(other, "config.json"), "other")
+    storage.write_text(storage.join(model, "config.json"), "{}")
+    kept, old = storage.local_copy(other, cache), storage.local_copy(model, cache)
+    storage.write_text(storage.join(model, "config.json"), "changed")
+    new = storage.local_copy(model, cache)
+    assert Path(new, "config.json").read_text() == "changed"
+    assert copies() == {kept, new} and old != new
+    storage.remove(model)  # as the policies of rounds that are past
+    storage.write_text(storage.join(store, "next", "config.json"), "next")
+    assert copies() - {kept} == {new}
+    following = storage.local_copy(storage.join(store, "next"), cache)
+    assert copies() == {kept, following}
+
+
+def test_a_copy_whose_store_cannot_be_reached_stays(tmp_path, store, monkeypatch):
+    for name in ("one", "other"):
+        storage.write_text(storage.join(store, name, "config.json"), name)
+    one, listing = storage.local_copy(storage.join(store, "one"), tmp_path), storage.listing
+
+    def refuse(uri: str) -> list[tuple[str, int, int]]:
+        if uri.endswith("one"):
+            raise OSError("no route")
+        return listing(uri)
+
+    monkeypatch.setattr(storage, "listing", refuse)
+    storage.local_copy(storage.join(store, "other"), tmp_path)
+    assert Path(one).is_dir()
+
+
+def test_a_model_that_is_not_there_is_a_sentence(tmp_path, store):
+    with pytest.raises(BadInput, match="model does not exist or is empty; check the address"):
+        storage.local_copy(storage.join(store, "model"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_and_the_listing_of_a_folder(root):
+    assert storage.names(root) == [] == storage.listing(root)
+    for name in ("b.txt", "a/c.txt", "a/d/e.txt"):
+        storage.write_text(storage.join(root, name), name)
+    assert storage.names(root) == ["a", "b.txt"]
+    assert [(name, size) for name, size, _ in storage.listing(root)] == [("a/c.txt", 7), ("a/d/e.txt", 9), ("b.txt", 5)]
+
+
+def test_a_file_that_others_write_is_there_whole_or_not_at_all(root):
+    uri = storage.join(root, "deep", "a.bin")
+    with pytest.raises(KeyError), storage.writing(uri) as file:
+        file.write_bytes(b"half")
+        raise KeyError
+    assert not storage.exists(uri)
+    for content in (b"one", b"other"):
+        with storage.writing(uri) as file:
+            file.write_bytes(content)
+        with storage.reading(uri) as file:
+            assert file.read_bytes() == content
+    assert storage.names(storage.join(root, "deep")) == ["a.bin"]
+
+
+def test_a_folder_that_others_write_may_have_several_writers(root):
+    uri = storage.join(root, "model")
+    for name in ("one", "other"):
+        with storage.writing_folder(uri) as folder:
+            (folder / "deep").mkdir(exist_ok=True)
+            (folder / "deep" / name).write_text(name)
+    assert [name for name, _, _ in storage.listing(uri)] == ["deep/one", "deep/other"]
 
 
 @pytest.mark.parametrize("uri", ["nowhere://bucket/run", "://run"])

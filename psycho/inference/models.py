@@ -29,67 +29,75 @@ def looks_like_path(model: str) -> bool:
     return storage.is_remote(model) or model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
 
 
+def local_model(model: str) -> str:
+    """What a library can load: a folder on an object store as a copy on this node, anything else as it is.
+
+    Raises:
+        BadInput: there is no such folder on the object store.
+        WaitTimedOut: another worker of this node did not finish the copy.
+    """
+    return storage.local_copy(model, cache_root() / "models") if storage.is_remote(model) else model
+
+
 def check_model(model: str, needs_chat_template: bool = True) -> None:
     """Check a model folder; a hub id is left to the hub.
 
     Raises:
         BadInput: the folder is missing or lacks its configuration, weights, tokenizer or chat template.
     """
-    if not looks_like_path(model) or storage.is_remote(model):
+    if not looks_like_path(model):
         return
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
+    files = _files(model)
+    if not files:
         raise BadInput(f"model {model} does not exist; give a folder or a hub id (owner/name)")
-    if not (folder / "config.json").is_file():
+    if "config.json" not in files:
         raise BadInput(f"model folder {model} has no config.json; give a Hugging Face model folder")
-    _settings(folder / "config.json")
-    if not any(folder.glob("*.safetensors")):
+    _settings(model, "config.json")
+    if not any(name.endswith(".safetensors") for name in files):
         raise BadInput(f"model folder {model} has no .safetensors weights; convert them first")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(files):
         raise BadInput(f"model folder {model} has no tokenizer; save the tokenizer beside the weights")
-    if needs_chat_template and not _has_chat_template(folder):
+    has_template = {"chat_template.jinja", "chat_template.json"} & set(files)
+    if needs_chat_template and not has_template and not _settings(model, "tokenizer_config.json").get("chat_template"):
         raise BadInput(f"model folder {model} has no chat template; add chat_template.jinja to it")
 
 
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    return bool(_settings(folder / "tokenizer_config.json").get("chat_template"))
+def _files(model: str) -> dict[str, tuple[int, int]]:
+    """(bytes, time in ns) of the files directly in a model's folder, by name."""
+    return {name: (size, time) for name, size, time in storage.listing(model) if "/" not in name}
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    """A JSON file of a model folder; empty where there is none.
+def _settings(model: str, name: str) -> dict[str, Any]:
+    """A JSON file of a model's folder; empty where there is none.
 
     Raises:
         BadInput: the file is not a JSON object.
     """
-    if not file.is_file():
-        return {}
+    file = storage.join(model, name)
+    content = storage.read_bytes(file)
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(json.loads(content)) if content is not None else {}
     except (ValueError, TypeError):
         raise BadInput(f"{file} is not a JSON object; download or save the model again") from None
 
 
 def fingerprint(model: str) -> str:
     """What a stage's key says of a model: names, sizes and times of a folder's files; a hub id as it is."""
-    if not looks_like_path(model) or storage.is_remote(model):
+    if not looks_like_path(model):
         return model
-    files = sorted(path for path in Path(model).expanduser().glob("*") if path.is_file())
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = [(name, *found) for name, found in sorted(_files(model).items())]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def engine_signature(model: str) -> str:
     """Equal for models that can take turns in one engine; a hub id is only equal to itself."""
-    folder = Path(model)
-    if not (folder / "config.json").is_file():
+    files = _files(model) if looks_like_path(model) else {}
+    if "config.json" not in files:
         return model
-    config = {k: v for k, v in _settings(folder / "config.json").items() if k not in _IGNORED}
-    tokenizer = {k: v for k, v in _settings(folder / "tokenizer_config.json").items() if k.endswith(_DECISIVE)}
-    stops = _settings(folder / "generation_config.json").get("eos_token_id")
+    config = {k: v for k, v in _settings(model, "config.json").items() if k not in _IGNORED}
+    tokenizer = {k: v for k, v in _settings(model, "tokenizer_config.json").items() if k.endswith(_DECISIVE)}
+    stops = _settings(model, "generation_config.json").get("eos_token_id")
     digest = hashlib.sha256(json.dumps([config, tokenizer, stops], sort_keys=True).encode())
     for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "chat_template.json"):
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
+        digest.update(storage.read_bytes(storage.join(model, name)) or b"")
     return digest.hexdigest()[:16]

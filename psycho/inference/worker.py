@@ -21,10 +21,9 @@ from typing import Any, Literal
 from psycho.config import EngineConfig, SamplingConfig
 from psycho.inference.engine import WeightReload, engine_arguments
 from psycho.inference.loop import EngineLoop
-from psycho.inference.models import cache_root, engine_signature
+from psycho.inference.models import engine_signature, local_model
 from psycho.inference.template import Messages, conversation, reasoning_is_control, render, stop_ids, without_control
 from psycho.judging.digits import DigitLogprobs, digit_parameters, read_digits
-from psycho.storage import local_copy
 
 
 @dataclass(frozen=True)
@@ -321,7 +320,7 @@ class VLLMWorker:
         """The engine with `model` in it; on the engine's thread."""
         if model == self.model:
             return self._llm
-        folder = local_copy(model, cache_root() / "models") if "://" in model else model
+        folder = local_model(model)
         signature = f"{runner}:{engine_signature(folder)}"
         if self._llm is not None and signature == self._signature:
             self._llm.collective_rpc("take_weights", args=(folder,))

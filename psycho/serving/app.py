@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,13 +18,13 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
+from psycho import storage
 from psycho.config import Config, load_config
 from psycho.errors import BadInput, StageFailed, WaitTimedOut
 from psycho.inference.models import check_model, looks_like_path
 from psycho.serving.engine import PolicyServer, RewardServer
 from psycho.serving.gateway import Settings, build_api
 from psycho.serving.guard import digest
-from psycho.storage import is_remote
 
 APP = "psycho"
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
@@ -200,9 +199,9 @@ def check_port(host: str, port: int) -> None:
 
 
 def _check_reward(reward: str) -> None:
-    if not looks_like_path(reward) or is_remote(reward):
+    if not looks_like_path(reward):
         return
-    config = json.loads((Path(reward).expanduser() / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(storage.read_text(storage.join(reward, "config.json")) or "{}")
     names = config.get("architectures") or []
     labels = len(config.get("id2label") or ()) or 2  # transformers writes none for its default of two
     if labels != 1 or not any("SequenceClassification" in name for name in names):

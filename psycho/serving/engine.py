@@ -19,10 +19,9 @@ from typing import Any
 
 from psycho.config import InferenceConfig
 from psycho.inference.engine import engine_arguments
-from psycho.inference.models import cache_root
+from psycho.inference.models import local_model
 from psycho.inference.template import conversation, stop_ids
 from psycho.serving.protocol import Conversation, Delta, Refused, Scores
-from psycho.storage import is_remote, local_copy
 
 # Parts of a stream that come faster than a person sees go together: each costs two hops between processes.
 _EMIT_EVERY_S = 0.02
@@ -51,9 +50,10 @@ class _Server:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        folder = local_copy(model, cache_root() / "models") if is_remote(model) else model
         arguments = engine_arguments(inference.engine, runner, seed)
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=folder, enable_log_requests=False, **arguments))
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(model=local_model(model), enable_log_requests=False, **arguments)
+        )
         self._tokenizer = self._engine.get_tokenizer()
         self._stops = stop_ids(self._tokenizer)
         self._limit = self._engine.model_config.max_model_len

@@ -8,26 +8,28 @@ by, the best weights so far as a finished model folder.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psycho import storage
 from psycho.training import states
 
 History = list[dict[str, float]]
+_BEST = "best.json"
 
 
 class Checkpoints:
-    """The checkpoints of one training below a folder that all ranks share: `step-<n>/shard-<rank>-of-<ranks>.pt`."""
+    """The checkpoints of one training: `step-<n>/shard-<rank>-of-<ranks>.pt` below a folder that all ranks share, or on
+    an object store, where what was copied whole is there and nothing else."""
 
     def __init__(self, folder: str, key: str, every_steps: int, timeout_s: float) -> None:
-        self._folder, self._key, self._every, self._timeout_s = Path(folder), key, every_steps, timeout_s
+        self._folder, self._key, self._every, self._timeout_s = folder, key, every_steps, timeout_s
         self._writing: Future[None] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
@@ -44,8 +46,9 @@ class Checkpoints:
         parameters: dict[str, dict[str, Any]] = {}
         random_state: dict[str, Tensor] | None = None
         about: dict[str, Any] = {}
-        for file in sorted(folder.glob("shard-*.pt")):
-            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        for name in _shards(folder):
+            with storage.reading(storage.join(folder, name)) as file:  # what is mapped outlives its name
+                shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             parameters |= shard["parameters"]
             if shard["rank"] == dist.get_rank():
                 random_state = shard["random"]
@@ -70,7 +73,7 @@ class Checkpoints:
         }
         if rank == 0:
             self._remove_old()
-        file = self._folder / f"step-{steps}" / f"shard-{rank}-of-{world}.pt"
+        file = storage.join(self._folder, f"step-{steps}", f"shard-{rank}-of-{world}.pt")
         self._writing = self._writer.submit(_write, shard, file)
 
     def wait(self) -> None:
@@ -86,53 +89,61 @@ class Checkpoints:
         finally:
             self._writer.shutdown(wait=False)
 
-    def _steps(self) -> list[Path]:
+    def _steps(self) -> list[str]:
         """Folders of checkpoints, the newest first."""
-        return sorted(self._folder.glob("step-*"), key=lambda path: -int(path.name.removeprefix("step-")))
+        steps = [int(name.removeprefix("step-")) for name in storage.names(self._folder) if name.startswith("step-")]
+        return [storage.join(self._folder, f"step-{step}") for step in sorted(steps, reverse=True)]
 
     def _remove_old(self) -> None:
         """Those before the newest whole one."""
         folders = self._steps()
         newest = next((place for place, folder in enumerate(folders) if _whole(folder)), len(folders))
         for folder in folders[newest + 1 :]:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
-    def _last(self) -> Path | None:
+    def _last(self) -> str | None:
         """All ranks hear it from the first, or one might see a file that another does not."""
         found: list[str | None] = [None]
         if dist.get_rank() == 0:
-            file = self._folder / "key"
-            if not file.is_file() or file.read_text(encoding="utf-8") != self._key:
-                shutil.rmtree(self._folder, ignore_errors=True)
-                self._folder.mkdir(parents=True)
-                file.write_text(self._key, encoding="utf-8")
+            file = storage.join(self._folder, "key")
+            if storage.read_text(file) != self._key:
+                _remove(self._folder)
+                storage.write_text(file, self._key)
             for folder in self._steps():
                 if found[0] is None and _whole(folder):
-                    found = [str(folder)]
+                    found = [folder]
                 elif found[0] is None:  # cut short, and of another number of ranks perhaps
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
         dist.broadcast_object_list(found, src=0)
-        return None if found[0] is None else Path(found[0])
+        return found[0]
 
 
-def _whole(folder: Path) -> bool:
+def _shards(folder: str) -> list[str]:
+    return [name for name in storage.names(folder) if name.startswith("shard-") and name.endswith(".pt")]
+
+
+def _whole(folder: str) -> bool:
     """Every rank that took part has written its shard."""
-    files = list(folder.glob("shard-*.pt"))
-    return bool(files) and len(files) == int(files[0].stem.rpartition("-")[2])
+    files = _shards(folder)
+    return bool(files) and len(files) == int(files[0].removesuffix(".pt").rpartition("-")[2])
 
 
-def _write(shard: Mapping[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".unfinished")
-    torch.save(dict(shard), aside)
-    aside.rename(file)
+def _remove(folder: str) -> None:
+    with suppress(OSError):  # a worker that outlives its killed driver for a moment may still write there
+        storage.remove(folder)
+
+
+def _write(shard: Mapping[str, Any], file: str) -> None:
+    with storage.writing(file) as local:
+        torch.save(dict(shard), local)
 
 
 class Best:
-    """The best weights so far by the loss on the dev pairs, as a model folder `best` below the checkpoints."""
+    """The best weights so far by the loss on the dev pairs: a model folder `best-<steps>` below the checkpoints, which
+    `best.json`, written after it, names."""
 
     def __init__(self, folder: str, every_steps: int | None) -> None:
-        self._folder, self._every = Path(folder), every_steps
+        self._folder, self._every = folder, every_steps
 
     def due(self, steps: int, total: int) -> bool:
         """When a checkpoint is due, and at the end."""
@@ -140,22 +151,31 @@ class Best:
 
     def offer(self, loss: float, steps: int, save: Callable[[str], None]) -> None:
         """Keep the present weights where none were better; collective, for all ranks hold the same loss."""
-        file, best = self._folder / "best.json", best_folder(str(self._folder))
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["loss"] <= loss:
-            return
-        dist.barrier()  # all have looked
-        aside = self._folder / "best.unfinished"
-        save(str(aside))
+        worse = [False]
         if dist.get_rank() == 0:
-            shutil.rmtree(best, ignore_errors=True)
-            aside.rename(best)
-            file.write_text(json.dumps({"loss": loss, "steps": steps}), encoding="utf-8")
+            known = storage.read_text(self._file)
+            worse = [known is not None and json.loads(known)["loss"] <= loss]
+        dist.broadcast_object_list(worse, src=0)
+        if worse[0]:
+            return
+        folder = storage.join(self._folder, f"best-{steps}")
+        save(folder)
+        if dist.get_rank() == 0:
+            before = best_folder(self._folder)
+            storage.write_text(self._file, json.dumps({"loss": loss, "steps": steps, "folder": folder}))
+            if before and before != folder:
+                _remove(before)
         dist.barrier()
 
+    @property
+    def _file(self) -> str:
+        return storage.join(self._folder, _BEST)
 
-def best_folder(checkpoints: str) -> Path:
-    """Where the best weights of a training lie, once it has met dev pairs."""
-    return Path(checkpoints, "best")
+
+def best_folder(checkpoints: str) -> str:
+    """Where the best weights of a training lie; empty before it has met dev pairs."""
+    known = storage.read_text(storage.join(checkpoints, _BEST))
+    return str(json.loads(known)["folder"]) if known else ""
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -24,12 +22,16 @@ from psycho.errors import BadInput, StageFailed
 from psycho.progress import Reporter
 from psycho.waiting import wait_for
 
+HISTORY = "training.jsonl"  # beside a model, written last: with it the folder is whole
 _LOST_CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One training: rows in `data` (Parquet folder), from `model`, to `output` (a folder that does not exist yet)."""
+    """One training: rows in `data` (Parquet folder), from `model`, to `output` (a folder that does not exist yet).
+
+    All of them may be on an object store.
+    """
 
     kind: str
     model: str
@@ -121,7 +123,7 @@ def launch(
 
 def read_history(folder: str) -> list[dict[str, float]]:
     """The statistics that a training left beside its model."""
-    text = storage.read_text(storage.join(folder, "training.jsonl")) or ""
+    text = storage.read_text(storage.join(folder, HISTORY)) or ""
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -158,15 +160,17 @@ def _train_worker(config: dict[str, Any]) -> None:
         if groups:
             history = trainer.fit(groups, job.seed, on_step, job.shuffle, job.references, checkpoints, dev)
         # By what all ranks know, not by what lies there: the first rank moves it while the others may still look.
-        aside = str(best_folder(checkpoints)) if groups and dev else f"{job.output}.unfinished"
         if not (groups and dev):
-            trainer.save(aside)
+            trainer.save(job.output)
         if trainer.rank == 0:
-            write_history(aside, history)
-            Path(aside, "too_long.json").write_text(json.dumps(too_long), encoding="utf-8")
-            write_notes(aside, trainer.notes)
-            os.replace(aside, job.output)  # a folder of that name is a finished model
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            if groups and dev:
+                storage.remove(job.output)
+                best = best_folder(checkpoints)
+                storage.copy_dir(best, job.output)  # and not moved, lest a try that ends here lose it
+            storage.write_text(storage.join(job.output, "too_long.json"), json.dumps(too_long))
+            write_notes(job.output, trainer.notes)
+            write_history(job.output, history)
+            storage.remove(checkpoints)
         dist.barrier()  # the next training may start from it
         trainer.close()
 
@@ -175,7 +179,7 @@ def _finished(job: TrainJob) -> bool:
     """What the first rank sees: on a shared file system the others may see it later."""
     import torch.distributed as dist
 
-    seen = [Path(job.output).exists()]
+    seen = [storage.exists(storage.join(job.output, HISTORY))]
     dist.broadcast_object_list(seen, src=0)
     return seen[0]
 

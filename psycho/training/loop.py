@@ -23,14 +23,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from psycho import storage
 from psycho.config import TRAINING_ROUNDING, LoopConfig, TrainingConfig
 from psycho.errors import BadInput
+from psycho.inference.models import local_model
 from psycho.principles import STEMS
 from psycho.run import content_key
 from psycho.training.checkpoint import Best, Checkpoints
 from psycho.training.engine import deepspeed_config
 from psycho.training.flops import count_flops
 from psycho.training.groups import Group, response_key, split
+from psycho.training.launch import HISTORY
 from psycho.training.lora import add_lora, dequantized, load_options, merged, unquantized
 from psycho.training.modules import PolicyModel, use_packing
 from psycho.training.objectives import OBJECTIVES, Preference, Row
@@ -54,6 +57,7 @@ class Trainer:
         # A lane is the ranks that share each of their bins; the plan deals bins to lanes.
         self.lane = self.rank // training.sequence_parallel, self.world // training.sequence_parallel
         self.device = torch.device("cpu" if training.device == "cpu" else f"cuda:{torch.cuda.current_device()}")
+        model = local_model(model)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -252,7 +256,7 @@ class Trainer:
         )
 
     def save(self, folder: str) -> None:
-        """Write a Hugging Face folder (rank 0; every rank must call)."""
+        """Write a Hugging Face folder (rank 0; every rank must call), on an object store too."""
         if self.training.zero_stage == 3:
             state = self.engine._zero3_consolidated_16bit_state_dict()
         else:
@@ -264,10 +268,11 @@ class Trainer:
                 state = merged(state, self.training.lora.alpha / self.training.lora.r)
             if getattr(self._config, "tie_word_embeddings", False):
                 state.pop("lm_head.weight", None)
-            self._save_pretrained(folder, state_dict=state, safe_serialization=True)
-            self.tokenizer.save_pretrained(folder)
-            if heads:
-                save_heads(folder, heads)
+            with storage.writing_folder(folder) as local:
+                self._save_pretrained(local, state_dict=state, safe_serialization=True)
+                self.tokenizer.save_pretrained(local)
+                if heads:
+                    save_heads(str(local), heads)
         dist.barrier()
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -284,14 +289,13 @@ class Trainer:
 def write_history(folder: str, history: list[dict[str, float]]) -> None:
     """The statistics of each step beside the model, one JSON line each."""
     lines = "".join(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n" for row in history)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, "training.jsonl").write_text(lines, encoding="utf-8")
+    storage.write_text(storage.join(folder, HISTORY), lines)
 
 
 def write_notes(folder: str, notes: list[str]) -> None:
     """What the user should hear of a training, for the stage to take."""
     if notes:
-        Path(folder, "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+        storage.write_text(storage.join(folder, "notes.json"), json.dumps(notes))
 
 
 def save_heads(folder: str, heads: dict[str, torch.Tensor]) -> None:

@@ -47,14 +47,14 @@ def with_references(
     missing = [index for index, own in enumerate(keys) if any(key not in known for key in own)]
     if missing:
         found = _compute(groups, keys, missing, logprobs, collate, budget, lane)
-        if folder and found:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+        found = {key: value for part in everyone for key, value in part.items()}
+        if folder and dist.get_rank() == 0:  # which reads them, and sees at once what it has written itself
             rows = [{"key": key, "logprob": value} for key, value in found.items()]
             file = storage.join(folder, f"part-{uuid.uuid4().hex[:12]}.parquet")
             storage.write_rows(pa.Table.from_pylist(rows, schema=SCHEMA), file)
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, found)
-        for part in everyone:
-            known |= part
+        known |= found
     return [
         replace(group, references=tuple(known[key] for key in own)) for group, own in zip(groups, keys, strict=True)
     ]

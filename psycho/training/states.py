@@ -29,7 +29,7 @@ State = dict[str, Any]
 def gather(engine: Any) -> dict[str, State]:
     """This rank's share of the trained parameters, by name: `value`, the moments and `step`. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    step = next((float(state["step"]) for state in _adam(engine).state.values() if "step" in state), 0.0)
+    step = next((float(state["step"]) for state in adam(engine).state.values() if "step" in state), 0.0)
     kept: dict[str, State] = {}
     masters = _masters(engine)
     for number, (name, parameter) in enumerate(_trained(engine)):
@@ -57,7 +57,7 @@ def restore(engine: Any, states: Mapping[str, State]) -> None:
             for key, value in masters[id(parameter)].items() if masters else ():
                 value.copy_(whole[key])
         _set(engine, parameter, whole)
-    for state in _adam(engine).state.values():
+    for state in adam(engine).state.values():
         if "step" in state:
             state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else int(step)
 
@@ -66,7 +66,7 @@ def _trained(engine: Any) -> list[tuple[str, Any]]:
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
-def _adam(engine: Any) -> Any:
+def adam(engine: Any) -> Any:
     """The optimizer below DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
@@ -79,7 +79,7 @@ def _masters(engine: Any) -> dict[int, dict[str, Tensor]]:
     """
     if engine.zero_optimization_stage() > 0:
         return {}
-    wrapper, state = engine.optimizer, _adam(engine).state
+    wrapper, state = engine.optimizer, adam(engine).state
     found: dict[int, dict[str, Tensor]] = {}
     if isinstance(wrapper, torch.optim.Optimizer):
         own = [parameter for _, parameter in _trained(engine)]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
     torch.set_num_threads(threads)
     patch.undo()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where models that lie on an object store are copied to."""
+    monkeypatch.setenv("PSYCHO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

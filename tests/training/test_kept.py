@@ -14,11 +14,13 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from psycho import storage
 from psycho.config import Config, DPOConfig, LoopConfig, RewardConfig, TrainingConfig
 from psycho.errors import BadInput
+from psycho.inference.models import local_model
 from psycho.training import stage
 from psycho.training.checkpoint import best_folder
 from psycho.training.launch import TrainJob, _train_worker, read_history
@@ -39,17 +41,15 @@ def _rows(swapped: bool = False) -> list[dict[str, Any]]:
     return [{"id": s, "question": s, **dict(zip(sides, texts, strict=True))} for s in SPEECHES]
 
 
-def _run(tmp_path: Path, model: str, reporter: Any = None, dev: bool = False, **changes: Any) -> Path:
+def _run(root: Path | str, model: str, reporter: Any = None, dev: bool = False, **changes: Any) -> Path:
     """One job as a worker runs it; the dev pairs say the opposite, so training makes their loss worse."""
-    storage.write_table(pa.Table.from_pylist(_rows()), str(tmp_path / "data"))
-    storage.write_table(pa.Table.from_pylist(_rows(swapped=True)), str(tmp_path / "dev"))
-    job = TrainJob(
-        "dpo", model, str(tmp_path / "data"), str(tmp_path / "out"), DPO, seed=0,
-        dev=str(tmp_path / "dev") if dev else None,
-    )  # fmt: skip
+    data, opposite, out = (storage.join(str(root), name) for name in ("data", "dev", "out"))
+    storage.write_table(pa.Table.from_pylist(_rows()), data)
+    storage.write_table(pa.Table.from_pylist(_rows(swapped=True)), opposite)
+    job = TrainJob("dpo", model, data, out, DPO, seed=0, dev=opposite if dev else None)
     training = TRAINING.model_copy(update=changes)
     _train_worker({"jobs": [job], "training": training, "reporter": reporter})
-    return tmp_path / "out"
+    return Path(out)
 
 
 def test_the_best_weights_are_kept_by_the_dev_loss(
@@ -73,7 +73,40 @@ def test_without_dev_pairs_the_last_are_kept(one_rank: None, tiny_llama: Callabl
     out = _run(tmp_path, tiny_llama(0))
     history = read_history(str(out))
     assert "dev_loss" not in history[-1]
-    assert not best_folder(str(tmp_path / "out.checkpoints")).exists()
+    assert not best_folder(str(tmp_path / "out.checkpoints"))
+
+
+@pytest.mark.parametrize("dev", [False, True])
+def test_a_training_on_an_object_store_is_that_on_disk(
+    one_rank: None, tiny_llama: Callable[..., str], tmp_path: Path, bucket: Any, dev: bool, cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """From a model there to a model there, killed in between; the disk has the copy of the model and nothing else."""
+
+    class Killed(Exception):
+        pass
+
+    here = _run(tmp_path / "here", tiny_llama(0), dev=dev)
+    monkeypatch.chdir(tmp_path)  # a path that took `s3:` for a folder would be below it
+    there = f"{bucket.uri}/run"
+    storage.copy_dir(tiny_llama(0), f"{there}/model")
+    steps: list[float] = []
+
+    def on_step(rows: int, tokens: int, note: str) -> None:
+        steps.append(tokens)
+        if len(steps) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        _run(there, f"{there}/model", SimpleNamespace(add=on_step), dev=dev)
+    assert storage.names(f"{there}/out.checkpoints/step-1") == ["shard-0-of-1.pt"]
+    _run(there, f"{there}/model", SimpleNamespace(add=on_step), dev=dev)
+    assert len(steps) == 2 + 1  # the step whose checkpoint was not taken
+    found, expected = (load_file(f"{local}/model.safetensors") for local in (local_model(f"{there}/out"), here))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert [row["loss"] for row in read_history(f"{there}/out")] == [row["loss"] for row in read_history(str(here))]
+    assert not storage.names(f"{there}/out.checkpoints")
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "cache"}
 
 
 def test_best_without_dev_pairs_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from psycho import storage
 from psycho.config import Config, LoRAConfig, OnlineConfig, TrainingConfig
 from psycho.errors import StageFailed
+from psycho.inference.models import local_model
 from psycho.inference.pool import Begun
 from psycho.inference.worker import Completion
 from psycho.training.launch import read_history
@@ -91,7 +93,7 @@ class Pool(ScoringPool):
 
     def read(self, model: str, rows: Sequence[list[int]]) -> list[list[float]]:
         self._note("read", model)
-        policy = AutoModelForCausalLM.from_pretrained(model).eval()
+        policy = AutoModelForCausalLM.from_pretrained(local_model(model)).eval()
         with torch.no_grad():
             logits = [policy(torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
         return [
@@ -109,7 +111,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 class Tried:
     """One job below a folder, which may be tried again."""
 
-    def __init__(self, root: Path, policy: str, dev: int = 0, training: TrainingConfig = TRAINING, **online: Any):
+    def __init__(self, root: Path | str, policy: str, dev: int = 0, training: TrainingConfig = TRAINING, **online: Any):
         settings = {"rounds": 2, "speeches_per_round": 4, "samples_per_speech": 4, "lr": 1e-3, "batch_size": 2}
         self.root, self.policy, self.dev = root, policy, dev
         share = 0.5 if dev else 0.0
@@ -127,7 +129,7 @@ class Tried:
     def __call__(self, reporter: Any = None) -> Rounds:
         engines: Any = Engines(self.pool, self.pool, None, "reward")  # type: ignore[arg-type]
         rollout = Rollout(engines, self.config, reporter)
-        work, output = str(self.root / "rounds"), str(self.root / "online")
+        work, output = storage.join(str(self.root), "rounds"), self.output
         train, dev = SPEECHES[self.dev :], SPEECHES[: self.dev]
         rounds = Rounds(OnlineJob(self.config, self.config.training, self.policy, work, output, train, dev, rollout))
         try:
@@ -141,16 +143,21 @@ class Tried:
         return rounds
 
     @property
+    def output(self) -> str:
+        return storage.join(str(self.root), "online")
+
+    @property
     def reports(self) -> list[dict[str, Any]]:
-        return list(json.loads((self.root / "online" / "rounds.json").read_text()))
+        return list(json.loads(storage.read_text(f"{self.output}/rounds.json") or ""))
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.root / "online" / "model.safetensors")
+        with storage.reading(f"{self.output}/model.safetensors") as file:
+            return load_file(file)
 
     @property
     def losses(self) -> list[list[float]]:
-        rows = read_history(str(self.root / "online"))
+        rows = read_history(self.output)
         return [[row["loss"] for row in rows if row["round"] == number] for number in range(self.config.online.rounds)]
 
 
@@ -313,6 +320,45 @@ def test_adapters_go_on_too(whole: Tried, tmp_path: Path) -> None:
     _lose(tried, "sample", 2)
     tried()
     assert _same(tried.weights, other.weights) and not _same(tried.weights, whole.weights)
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(r=4, alpha=8.0)])
+@pytest.mark.parametrize("turn", [2, 1])
+def test_rounds_on_an_object_store_are_those_on_disk(
+    whole: Tried, tmp_path: Path, bucket: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, turn: int,
+    lora: LoRAConfig | None,
+) -> None:  # fmt: skip
+    """Lost in the second round, or while the first policy was proven; the disk has copies of what is still asked for."""
+    training = TRAINING.model_copy(update={"lora": lora, "checkpoint_every_steps": 1})
+    here = Tried(tmp_path / "here", whole.policy, training=training)
+    here()
+    monkeypatch.chdir(tmp_path)  # a path that took `s3:` for a folder would be below it
+    there = Tried(f"{bucket.uri}/run", f"{bucket.uri}/first", training=training)
+    storage.copy_dir(whole.policy, there.policy)
+    _lose(there, "sample" if turn == 2 else "read", 2 if turn == 2 else 3)
+    half = storage.join(str(there.root), "rounds", "trained-1")
+    assert storage.exists(f"{half}/report.json") and storage.listing(f"{half}/optimizer")
+    there()
+    assert _same(there.weights, here.weights) and there.losses == here.losses
+    RoundStore(f"{there.root}/rounds").evidence(f"{there.root}/kept")
+    assert storage.parquet_sizes(f"{there.root}/kept").keys() == {
+        f"{name}/round-00{number}.parquet" for name in ("samples", "pairs") for number in range(2)
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "cache"}
+    copies = [path for path in (cache / "models").iterdir() if path.is_dir()]
+    assert len(copies) <= 3 + 1  # the first policy, the last two, the optimizer that was gone on with
+
+
+def test_a_half_on_an_object_store_that_was_cut_short_is_nothing(bucket: Any) -> None:
+    """Nothing can be renamed there: files of a half come one by one, its report last."""
+    rounds = RoundStore(f"{bucket.uri}/rounds")
+    for name in ("sampled-0", "trained-1"):
+        storage.write_text(storage.join(rounds.aside(name), "policy", "model.safetensors"), "half")
+    assert rounds.trained() == 0 and not rounds.has_sampled(0)
+    rounds.keep_trained(1, rounds.aside("trained-1"), {"history": []})
+    assert rounds.trained() == 1
+    rounds.tidy()
+    assert storage.names(f"{bucket.uri}/rounds") == ["trained-1"]
 
 
 def test_half_a_half_is_nothing(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

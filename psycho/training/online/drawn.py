@@ -5,6 +5,7 @@ A round may be tens of thousands of samples, so that its half is too much to los
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -39,4 +40,4 @@ class Drawn:
         ]
         if self._folder and rows:
             table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-            storage.write_rows(table, storage.join(self._folder, f"from-{places[0]:07d}.parquet"))
+            storage.write_rows(table, storage.join(self._folder, f"{uuid.uuid4().hex}.parquet"))

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from psycho import storage
 from psycho.errors import BadInput
+from psycho.inference.models import local_model
 from psycho.principles import STEMS
 from psycho.training.loop import HEADS
 
@@ -31,12 +32,12 @@ def with_heads(reward: str, folder: str) -> str:
     Raises:
         BadInput: the reward model has no heads, or is not built in the way that they can stand beside its own.
     """
-    source, target = Path(reward), Path(folder)
+    source = Path(local_model(reward))
     heads_file = source / HEADS / "heads.safetensors"
     if not heads_file.is_file():
         raise BadInput(
-            f"online.head_weights and safety_floor need the heads of the principles, and {source.name} at {reward} has "
-            "none; train it with training.reward.principle_heads above 0"
+            f"online.head_weights and safety_floor need the heads of the principles, and the model {reward} has none; "
+            "train it with training.reward.principle_heads above 0"
         )
     holder = next((file for file in sorted(source.glob("*.safetensors")) if _SCORE in _names(file)), None)
     if holder is None:
@@ -44,20 +45,20 @@ def with_heads(reward: str, folder: str) -> str:
             f"the heads of the principles: no weights file of {reward} holds {_SCORE}; such a reward model can only be "
             "used without online.head_weights and safety_floor"
         )
-    storage.remove(folder)
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file() and file.name not in ("config.json", holder.name, f"{holder.name}.index.json"):
-            (target / file.name).symlink_to(file.resolve())
     weights = _tensors(holder)
     heads = _tensors(heads_file)
     own = weights[_SCORE]
     weights[_SCORE] = torch.cat([own, heads["principles.weight"].to(own.dtype)])
     bias = heads["principles.bias"].float() + _CENTRE
     weights["score.bias"] = torch.cat([torch.zeros(1), bias]).to(own.dtype)
-    save_file(weights, target / holder.name, metadata={"format": "pt"})
-    _write_config(source, target)
-    _write_index(target, holder.name)
+    storage.remove(folder)
+    with storage.writing_folder(folder) as target:
+        for file in source.iterdir():
+            if file.is_file() and file.name not in ("config.json", holder.name, f"{holder.name}.index.json"):
+                (target / file.name).symlink_to(file.resolve())
+        save_file(weights, target / holder.name, metadata={"format": "pt"})
+        _write_config(source, target)
+        _write_index(target, holder.name)
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from psycho.inference.models import local_model
 from psycho.training.groups import Group
 from psycho.training.modules import use_packing
 from psycho.training.references import with_references
@@ -22,7 +23,7 @@ class FixedReference:
     def __init__(self, trainer: Any, policy: str, folder: str) -> None:
         self._trainer, self.folder = trainer, folder
         dtype = torch.bfloat16 if trainer.training.precision == "bf16" else torch.float32
-        loaded = trainer.objective.load(policy, dtype)
+        loaded = trainer.objective.load(local_model(policy), dtype)
         if trainer.training.packing:
             use_packing(loaded)
         self._module = trainer.objective.wrap(loaded).to(trainer.device).eval()

@@ -105,7 +105,7 @@ class Rollout:
         report = {"round": number} | figures(samples, online) | {"pairs": len(pairs), "ties": ties / len(speeches)}
         report["left_out"] = [
             {name: row[name] for name in ("speech_id", "sample")}
-            | {"reason": "no score" if row["response"] else "the policy said nothing"}
+            | {"reason": row["error"] or ("no score" if row["response"] else "the policy said nothing")}
             for row in samples
             if row["score"] is None
         ]
@@ -125,7 +125,8 @@ class Rollout:
         clock: Clock,
         folder: str | None = None,
     ) -> list[Row]:
-        """`k` samples of each speech with their scores (rows of `SAMPLE`), speech by speech."""
+        """`k` samples of each speech with their scores, speech by speech: rows of `SAMPLE`, and `error`, what a sample
+        was refused for (none of it is the client's words)."""
         asked = [(speech, sample) for speech in speeches for sample in range(k)]
         prompts = [prompt(speech, self.config.generation.system_prompt) for speech, _ in asked]
         own = [speech for speech, _ in asked]
@@ -136,6 +137,7 @@ class Rollout:
             {"speech_id": speech["speech_id"], "sample": sample, "response": answer.text.strip()}
             | {"output_tokens": answer.output_tokens, "reward": None, "heads": None}
             | {"overall": None, "safety": None, "judge_tokens": 0, "truncated": answer.finish_reason == "length"}
+            | {"error": answer.error}
             for (speech, sample), answer in zip(asked, answers, strict=True)
         ]
         with clock("scoring"):  # what of it is left

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from psycho.config import Config, TrainingConfig
 from psycho.errors import StageFailed, WaitTimedOut
 from psycho.inference.requests import prompt
 from psycho.schema import stable_seed
+from psycho.training import states
 from psycho.training.launch import read_rows
 from psycho.training.loop import Trainer, setup_worker, write_history, write_notes
 from psycho.training.online import heldout, proof, watch
@@ -79,8 +78,12 @@ class Rounds:
             policy = self.store.policy(self.done, job.policy)
             self._make_room(policy)
             self.trainer = Trainer("dpo", policy, self.online, job.training, self.seed)
-            if self.done and self.store.training(self.done)["shards"] == self._shards():
+            before, self.shards = self.store.training(self.done), on_first("going on", self._shards)
+            # The round after which the weights were loaded that adapters are added to.
+            self.base = self.done
+            if self.done and before["shards"] == self.shards:
                 load_optimizer(self.trainer.engine, policy)
+                self.base = before["base"]
             elif self.done:
                 self.notes.append(
                     f"the optimizer started anew after round {self.done}, for its state is that of other workers or of "
@@ -142,7 +145,8 @@ class Rounds:
         """What DeepSpeed's own state of the optimizer fits."""
         training = self.job.training
         names = ("zero_stage", "offload_optimizer", "offload_parameters", "precision")
-        return {"world": self.trainer.world} | {name: getattr(training, name) for name in names}
+        adam = type(states.adam(self.trainer.engine)).__name__
+        return {"world": self.trainer.world, "adam": adam} | {name: getattr(training, name) for name in names}
 
     def _note(self, facts: Row) -> None:
         """What was found at the start, where an earlier try did not come to note it."""
@@ -182,11 +186,16 @@ class Rounds:
         self.store.keep_sampled(number, sampled)
 
     def _divergence(self, policy: str, speeches: Sequence[Speech], sampled: Sampled) -> dict[str, float]:
-        """By the first sample of each of the first speeches, as many as asked for."""
+        """By the first sample of each of the first speeches, as many as asked for, unless it was cut off: to its tokens
+        an end is added that the policy never said."""
         count, system = self.online.kl_samples, self.job.config.generation.system_prompt
         first = sampled.samples[:: self.online.samples_per_speech]
         rows = list(zip(speeches, first, strict=True))[:count]
-        texts = [(prompt(speech, system), row["response"]) for speech, row in rows if row["response"]]
+        texts = [
+            (prompt(speech, system), row["response"])
+            for speech, row in rows
+            if row["response"] and not row["truncated"]
+        ]
         pool = self.job.rollout.engines.rollout
         return watch.divergence(pool, self.tokenizer, policy, self.job.policy, texts) if texts else {}
 
@@ -209,20 +218,21 @@ class Rounds:
 
         torch.manual_seed(stable_seed("round", self.seed, number, trainer.rank))  # the same whenever it starts
         references = self.fixed.folder if self.fixed else None
-        steps = storage.join(job.work, "steps")
+        # A checkpoint holds adapters whole, which must not be added to a policy that some of them are merged into.
+        steps = storage.join(job.work, f"steps-{self.base}" if job.training.lora else "steps")
         history = trainer.fit(groups, self.seed + number, on_step, references=references, checkpoints=steps)
         return {"too_long": len(too_long), "history": [row | {"round": number} for row in history]}
 
     def _save(self, index: int, report: Row) -> None:
         """The second half of a round; collective."""
-        folder = Path(on_first("writing", lambda: str(self.store.aside())))
+        folder = on_first("writing", lambda: self.store.aside(f"trained-{index}"))
         # Where the engines read the folder, writing it is half of the way there.
         with self.clock("sync" if isinstance(self.transport, DiskTransport) else "checkpoint"):
-            self.trainer.save(str(folder / "policy"))
+            self.trainer.save(storage.join(folder, "policy"))
         with self.clock("checkpoint"):
             save_optimizer(self.trainer.engine, folder)
             dist.barrier()
-            report |= {"shards": self._shards()}
+            report |= {"shards": self.shards, "base": self.base}
             on_first("writing", lambda: self.store.keep_trained(index, folder, report))
 
     def _send(self, index: int) -> None:
@@ -306,13 +316,12 @@ class Rounds:
         self._look_at(chosen, scores)
         reports = self.store.rounds()
         reports[chosen - 1]["chosen"] = True
-        aside = f"{self.job.output}.unfinished"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(self.store.policy(chosen, self.job.policy), aside)
-        write_history(aside, [row for index in range(trained) for row in self.store.training(index + 1)["history"]])
-        write_notes(aside, [*self.trainer.notes, *self.notes])
-        Path(aside, "rounds.json").write_text(json.dumps(reports), encoding="utf-8")
-        storage.publish(aside, self.job.output)  # an earlier try may have come as far as this, and died after it
+        output = self.job.output
+        storage.remove(output)  # an earlier try may have come as far as this, and died after it
+        storage.copy_dir(self.store.policy(chosen, self.job.policy), output)
+        write_notes(output, [*self.trainer.notes, *self.notes])
+        storage.write_text(storage.join(output, "rounds.json"), json.dumps(reports))
+        write_history(output, [row for index in range(trained) for row in self.store.training(index + 1)["history"]])
 
     def _look_at(self, chosen: int, scores: dict[int, float | None]) -> None:
         """Say where the policy that is kept is none to be glad of, and what the held-out judge thinks of it."""

@@ -44,10 +44,11 @@ def figures(samples: Sequence[Row], online: OnlineConfig) -> dict[str, Any]:
 def mean_value(samples: Sequence[Row]) -> float | None:
     """The mean of the samples' values; None where there is none.
 
-    An answer that is empty counts as the worst there was, or a policy would gain by falling silent.
+    An answer that is empty counts as the worst there was, or a policy would gain by falling silent; one that an engine
+    refused to give, as where the speech is too long for it, is not the policy's fault and counts nothing.
     """
     known = [row["value"] for row in samples if row["value"] is not None]
-    known += [min(known) for row in samples if known and not row["response"]]
+    known += [min(known) for row in samples if known and not row["response"] and not row.get("error")]
     return sum(known) / len(known) if known else None
 
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from psycho.errors import BadInput
+from psycho.inference.models import local_model
 from psycho.training.lora import merged
 
 _HEAD = "lm_head.weight"
@@ -101,7 +102,7 @@ def check_names(stream: WeightStream, policy: str) -> None:
         BadInput: transformers holds this architecture's weights in another form than it saves them in.
     """
     expected: dict[str, tuple[int, ...]] = {}
-    for file in Path(policy).glob("*.safetensors"):
+    for file in Path(local_model(policy)).glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             expected |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     own = {name: shape for name, _, shape in stream.shapes()}
