@@ -328,7 +328,7 @@ def test_rounds_on_an_object_store_are_those_on_disk(
     whole: Tried, tmp_path: Path, bucket: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, turn: int,
     lora: LoRAConfig | None,
 ) -> None:  # fmt: skip
-    """Lost in the second round, or while the first policy was proven; the disk has copies of what is still asked for."""
+    """Lost in the second round, or while the first was proven; the disk has copies of what is still asked for."""
     training = TRAINING.model_copy(update={"lora": lora, "checkpoint_every_steps": 1})
     here = Tried(tmp_path / "here", whole.policy, training=training)
     here()
