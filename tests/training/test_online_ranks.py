@@ -62,6 +62,9 @@ def _knows(rank: int, folder: str) -> None:
     for known in (GROUPS[:3], GROUPS):  # what the first call stored is a part of what the second asks for
         found = with_references(known, _sum, packed, 16, folder)
         assert [group.references for group in found] == [(value,) for value in expected[: len(known)]]
+        dist.barrier()
+        # Written by the first rank, which reads them: what another has written it may not see yet.
+        assert len(list(Path(folder).glob("*.parquet"))) == (1 if len(known) == 3 else 2)
 
 
 def test_all_ranks_hear_what_the_first_says(tmp_path: Path) -> None:

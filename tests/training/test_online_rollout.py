@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from psycho.config import Config, JudgeConfig, OnlineConfig
 from psycho.inference.worker import Completion
 from psycho.judging.rubric import Rating
 from psycho.principles import STEMS
+from psycho.training.online.drawn import Drawn
 from psycho.training.online.engines import Engines
 from psycho.training.online.rollout import Rollout, Sampled
 from psycho.training.online.watch import mean_value
@@ -218,6 +220,25 @@ def test_the_judges_safety_keeps_a_response_from_being_chosen() -> None:
     pairs, report = _round(_rollout(pool, scorer="judge", safety_floor=3))
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("two a", "two d")]
     assert report["floor_hits"] == 4
+
+
+def test_what_an_engine_refused_is_not_the_policys_silence() -> None:
+    """A speech that is too long for it: the policy is not blamed, and the quarantine says why."""
+    scores = [3.0, 1.0]
+    assert mean_value(_rollout(FakePool(["ERROR", "two a"], scores)).dev("policy", SPEECHES[:2])) == 1.0
+    refused = _rollout(FakePool(["ERROR", *TEXTS[1:]], [1.0] * 8))
+    assert [row["reason"] for row in _round(refused)[1]["left_out"]] == ["prompt is too long"]
+    silent = _rollout(FakePool(["one a", "", "two a"], [3.0, 9.0, 1.0]))
+    assert mean_value(silent.dev("policy", SPEECHES[:3])) == pytest.approx(5.0 / 3)
+
+
+def test_answers_that_were_kept_are_not_lost_to_a_later_try(tmp_path: Path) -> None:
+    """Which begins with the same place where that one failed."""
+    drawn = Drawn(str(tmp_path))
+    for good in ((1, 2, 3), (4, 5, 6)):
+        failed, answered = [Completion(error="no")], [Completion(text=str(place), output_tokens=1) for place in good]
+        drawn.keep([0, *good], failed + answered)
+    assert {place: answer.text for place, answer in drawn.known().items()} == {n: str(n) for n in range(1, 7)}
 
 
 def test_dev_speeches_have_the_same_seeds_every_time() -> None:

@@ -6,7 +6,9 @@ import json
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -29,6 +31,7 @@ from psycho.training.online.engines import Engines
 from psycho.training.online.rollout import Rollout
 from psycho.training.online.rounds import OnlineJob, Rounds
 from psycho.training.online.state import RoundStore
+from ray_jobs.train_online import _result
 from tests.training.online_pools import ScoringPool, in_chunks
 
 TRAINING = TrainingConfig(
@@ -322,6 +325,35 @@ def test_adapters_go_on_too(whole: Tried, tmp_path: Path) -> None:
     assert _same(tried.weights, other.weights) and not _same(tried.weights, whole.weights)
 
 
+@pytest.mark.parametrize("change", [{}, {"zero_stage": 2}])
+def test_adapters_are_never_added_to_what_they_are_merged_into(
+    whole: Tried, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Lost between two steps of the second round, by a checkpoint that holds the adapters of both rounds."""
+    lora = TRAINING.model_copy(update={"lora": LoRAConfig(r=4, alpha=8), "checkpoint_every_steps": 1})
+    other = Tried(tmp_path / "whole", whole.policy, training=lora)
+    other()
+    tried = Tried(tmp_path / "broken", whole.policy, training=lora)
+    said: list[str] = []
+
+    def add(rows: int, tokens: int, note: str = "") -> None:
+        said.append(note)
+        if sum(note.startswith("round 2 loss") for note in said) == 2:
+            raise Lost
+
+    with pytest.raises(Lost):
+        tried(SimpleNamespace(add=add))
+    changed = Tried(tmp_path / "broken", whole.policy, training=lora.model_copy(update=change))
+    changed()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    first = Tried(tmp_path / "first", whole.policy, training=lora, rounds=1)
+    first()
+    update = first.weights[name] - load_file(Path(whole.policy, "model.safetensors"))[name]
+    apart = changed.weights[name] - other.weights[name]
+    along = (apart * update).sum() / update.norm() ** 2  # 1: the first round's adapters are there twice
+    assert update.norm() > 0 and along.abs() < (0.3 if change else 1e-6)
+
+
 @pytest.mark.parametrize("lora", [None, LoRAConfig(r=4, alpha=8.0)])
 @pytest.mark.parametrize("turn", [2, 1])
 def test_rounds_on_an_object_store_are_those_on_disk(
@@ -359,6 +391,26 @@ def test_a_half_on_an_object_store_that_was_cut_short_is_nothing(bucket: Any) ->
     assert rounds.trained() == 1
     rounds.tidy()
     assert storage.names(f"{bucket.uri}/rounds") == ["trained-1"]
+
+
+def test_a_policy_that_is_doubted_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while its many files are removed, which takes its time: the next try does not find it."""
+    rounds = RoundStore(str(tmp_path))
+    for index in (1, 2):
+        folder = rounds.aside(f"trained-{index}")
+        storage.write_text(storage.join(folder, "optimizer", "state"), "state")
+        rounds.keep_trained(index, folder, {})
+    remove = storage.remove
+
+    def killed(uri: str) -> None:
+        if uri.endswith("trained-2"):
+            raise Lost
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove", killed)
+    with pytest.raises(Lost):
+        rounds.doubt(2)
+    assert rounds.trained() == 1
 
 
 def test_half_a_half_is_nothing(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,6 +581,44 @@ def test_it_stops_when_the_dev_score_has_not_risen_for_so_long(
     assert len(tried.reports) == 3 and tried.reports[0]["chosen"]
     assert [report["dev_tokens"] for report in [tried.reports[0]["before"], *tried.reports]] == [5] * 4
     assert not (tmp_path / "online" / "notes.json").exists()
+
+
+def test_what_was_sampled_ahead_of_an_early_stop_is_counted_and_kept(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _score_dev(monkeypatch, [2.0, 1.0, 1.0])
+    tried = Tried(tmp_path, whole.policy, dev=2, rounds=6, patience=1, staleness=1)
+    tried()
+    assert len(tried.reports) == 1 and tried.reports[0]["dropped"]["samples"] == 16
+    result = _result(tried.output)
+    assert result.rows_in == 32 and result.rows_in == result.rows_out + len(result.quarantine)
+    RoundStore(str(tmp_path / "rounds")).evidence(str(tmp_path / "kept"))
+    assert len(list((tmp_path / "kept" / "samples").iterdir())) == 2
+
+
+def test_what_was_cut_off_says_nothing_of_the_divergence(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To its tokens an end would be added that the policy never said."""
+    tried = Tried(tmp_path, whole.policy, rounds=1)
+    sample = tried.pool.sample
+
+    def cut(*args: Any) -> list[Completion]:
+        answers = [replace(answer, finish_reason="length") for answer in sample(*args[:-1], None)]
+        return in_chunks(answers[:1] + sample(*args[:-1], None)[1:], args[-1])
+
+    assert "kl" in whole.reports[0] and whole.config.online.kl_samples >= 4
+    monkeypatch.setattr(tried.pool, "sample", cut)
+    read: list[int] = []
+    divergence = watch.divergence
+
+    def counted(pool: Any, tokenizer: Any, policy: str, first: str, texts: Any) -> dict[str, float]:
+        read.append(len(texts))
+        return divergence(pool, tokenizer, policy, first, texts)
+
+    monkeypatch.setattr(watch, "divergence", counted)
+    tried()
+    assert read == [3]  # of four speeches
 
 
 def test_rounds_that_only_made_it_worse_say_so(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
