@@ -9,7 +9,7 @@ with one engine and one rank, so that sampling and training have a core each.
 (4) A round's samples scored by a reward model of the policy's size in an engine of its own, which begins with the first
 samples, or when all are there: `scored_beside_vs_after`.
 
-The first round of a job also holds its start, so shares are of all its rounds together. `overhead_share` is (sync +
+The first round of a job also holds its start. `overhead_share` is (sync +
 checkpoint + waiting + start) / wall over all rounds but the first; `overhead_share_with_start` over all of them.
 `round_vs_restart` is the seconds of a round in (2) over one in (1), both from the command to the finished model, starts
 included. `async_wall_vs_longest_phase` is, over the middle rounds of (3), the wall time of a round over the longer of

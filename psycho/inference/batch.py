@@ -165,7 +165,8 @@ def check_room(what: str, cpus: float, gpus: float) -> None:
         return
     raise BadInput(
         f"a worker of {what} needs {cpus:g} CPU and {gpus:g} GPU and no node of this cluster has them; lower "
-        f"{what}.cpus_per_worker or {what}.gpus_per_worker, or add a node"
+        f"{what}.cpus_per_worker or {what}.gpus_per_worker, add a node, or set cluster.autoscaling=true where nodes "
+        "come when they are asked for"
     )
 
 

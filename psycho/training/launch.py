@@ -83,7 +83,8 @@ def launch(
     if missing and not _autoscales():
         raise BadInput(
             f"training asks for {' and '.join(missing)} and the cluster has "
-            f"{ {name: ray.cluster_resources().get(name, 0) for name in resources} }; lower training.workers"
+            f"{ {name: ray.cluster_resources().get(name, 0) for name in resources} }; lower training.workers, or "
+            "set cluster.autoscaling=true where nodes come when they are asked for"
         )
     trainer = _trainer_class()(
         worker,

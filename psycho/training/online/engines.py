@@ -156,5 +156,5 @@ def check_room(config: Config, pools: list[InferenceConfig]) -> None:
             raise BadInput(
                 f"online training holds workers that sample, score and train at once, {amount:g} {name} in all, and "
                 f"the cluster has {found.get(name, 0.0):g}; lower inference.workers, online.scorer_workers or "
-                "training.workers"
+                "training.workers, or set cluster.autoscaling=true where nodes come when they are asked for"
             )

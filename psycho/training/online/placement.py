@@ -1,8 +1,8 @@
 """Where the engines and the training of online DPO lie, and the way that new weights go between them.
 
-`separate`: on GPUs of their own; the weights go over NCCL. `colocate`: on the same GPUs in turn; the engines sleep
-while the policy trains, and take its weights by CUDA IPC. Where neither is to be had (a CPU) the engines read the
-folder that the trainer wrote.
+`separate`: beside each other; the weights go over NCCL where each side has whole GPUs. `colocate`: on the same GPUs in
+turn; the engines sleep while the policy trains, and take its weights by CUDA IPC. Where neither is to be had (a CPU,
+parts of a GPU, weights in 4 bit) the engines read the folder that the trainer wrote.
 """
 
 from __future__ import annotations
