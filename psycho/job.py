@@ -90,7 +90,10 @@ class Options:
 
 
 ConfigFile = Annotated[Path, typer.Option(help="configuration file")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key.path=value, as often as you like; `psycho settings` lists the keys"),
+]
 RunDir = Annotated[str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")]

@@ -16,7 +16,7 @@ import typer
 
 from psycho import storage
 from psycho.errors import BadInput
-from psycho.job import DEFAULT_CONFIG, Job, Options, execute
+from psycho.job import DEFAULT_CONFIG, ConfigFile, Job, Options, Overrides, RunDir, execute
 from psycho.preferences.export import export_pairs, push
 from psycho.stages import starts_from_pairs
 
@@ -76,9 +76,9 @@ def card_facts(job: Job, licence: str, source: str | None) -> dict[str, Any]:
 
 def command(
     to: Annotated[str, typer.Option(help="folder of the data set: a path or an s3:// or gs:// URI")],
-    config: Annotated[Path, typer.Option(help="configuration file")] = DEFAULT_CONFIG,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")] = None,
-    run_dir: Annotated[str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")] = None,
+    config: ConfigFile = DEFAULT_CONFIG,
+    set_: Overrides = None,
+    run_dir: RunDir = None,
     licence: Annotated[str, typer.Option(help="SPDX id for the card, such as cc-by-nc-4.0")] = UNKNOWN,
     source: Annotated[str | None, typer.Option(help="where the client speeches come from, for the card")] = None,
     push: Annotated[str | None, typer.Option(help="also send it to this data set of the hub (owner/name)")] = None,
