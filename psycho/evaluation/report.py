@@ -183,8 +183,8 @@ def _online(run: Run, summary: Summary) -> Context | None:
 
 def _said_of_round(row: Mapping[str, Any]) -> Context:
     """What the table says in words; a figure that an earlier psycho did not note is left out."""
-    counts = {"without a score": row["failed"], "too unsafe": row.get("floor_hits"), "cut off": row.get("truncated")}
-    of_pairs = [f"{findings.percent(row['ties'], 0)} of speeches tie"] if row.get("ties") else []
+    counts = {"unscored": row["failed"], "too unsafe": row.get("floor_hits"), "cut off": row.get("truncated")}
+    of_pairs = [f"{findings.percent(row['ties'], 0)} ties"] if row.get("ties") else []
     of_pairs += [f"{row['too_long']:,} too long"] if row.get("too_long") else []
     return {
         "sampled_by": _count(row.get("policy")),

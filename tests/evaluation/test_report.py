@@ -243,7 +243,7 @@ def test_online_rounds_say_which_policy_was_kept_and_draw_what_was_watched(fake_
     old, kept, last = cells(html)
     assert old == ["1", "–", "1,600", "280", "3.40", "212", "–", "–", "–", "–"]
     assert kept == [
-        "2 kept", "0", "1,600 1 without a score 3 too unsafe 4 cut off", "292 12 % of speeches tie 5 too long",
+        "2 kept", "0", "1,600 1 unscored 3 too unsafe 4 cut off", "292 12 % ties 5 too long",
         "3.70 0.42", "243", "0.40 1.50", "4.90", "3e-06", "41",
     ]  # fmt: skip
     assert last[:2] == ["3", "1"] and last[7:] == ["3.90", "6e-06", "42"]
