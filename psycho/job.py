@@ -90,12 +90,16 @@ class Options:
 
 
 ConfigFile = Annotated[Path, typer.Option(help="configuration file")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value, as often as you like")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key.path=value, as often as you like; `psycho settings` lists the keys"),
+]
 RunDir = Annotated[str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")]
 Recipe = Callable[[Job], None]
 FileRecipe = Callable[[Job, str], None]
+Plan = Callable[[Config, str, Console], None]
 
 
 @dataclass(frozen=True)
@@ -139,12 +143,12 @@ def register(
     app.command(name=name, help=(documentation or name).strip())(_command)
 
 
-def execute(name: str, recipe: Recipe, options: Options) -> int:
-    """Run a recipe and return the exit code."""
+def execute(name: str, recipe: Recipe, options: Options, plan: Plan | None = None) -> int:
+    """Run a recipe and return the exit code; `plan` says what it would do, where that is not the plan of stages."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
         with interrupt.remembered():
-            _run(name, recipe, options)
+            _run(name, recipe, options, plan)
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here", highlight=False)
         return EXIT_INTERRUPTED
@@ -202,13 +206,13 @@ def _sentence(error: BaseException) -> str | None:
     return None
 
 
-def _run(name: str, recipe: Callable[[Job], None], options: Options) -> None:
+def _run(name: str, recipe: Recipe, options: Options, plan: Plan | None) -> None:
     from psycho.plan import print_plan
     from psycho.stages import STAGES
 
     config = load_config(options.config, options.overrides, options.run_dir)
     if options.dry_run:
-        print_plan(config, name, Console())
+        (plan or print_plan)(config, name, Console())
         return
     from psycho.stages import check_config
 

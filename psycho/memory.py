@@ -96,8 +96,11 @@ def activation_gib(size_b: float, training: TrainingConfig) -> float:
     return (training.bin_tokens * kept * hidden * scale + 12 * _LOGITS) / GIB
 
 
-def training_load(config: Config, model: str) -> Load:
-    """The ranks of one training; each also reads the whole model through its host's memory."""
+def training_load(config: Config, model: str, copies: int = 0) -> Load:
+    """The ranks of one training; each also reads the whole model through its host's memory.
+
+    `copies` of it stay frozen beside it, whole on every rank (`online.reference` fixed).
+    """
     training, size_b = config.training, parameters_b(config, model)
     if size_b is None:
         return Load(model, training.workers, training.gpus_per_worker, None, None)
@@ -107,7 +110,8 @@ def training_load(config: Config, model: str) -> Load:
     bucket = 5e8 if training.gpus_per_worker else min(5e8, size_b * 1e9)  # a CPU only pays for pages it writes
     buffers = (bucket * (stage >= 1) + min(1e9, size_b * 1e9) * (stage == 3)) * width / GIB
     work = activation_gib(size_b, training)
-    total = weights + gradients + optimizer - offloaded + buffers + work + _CONTEXT_GIB
+    frozen = copies * size_b * 1e9 * width / GIB
+    total = weights + gradients + optimizer - offloaded + frozen + buffers + work + _CONTEXT_GIB
     if not training.gpus_per_worker:
         return Load(model, training.workers, 0, 0.0, total)
     host = size_b * 1e9 * width / GIB + offloaded

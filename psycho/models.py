@@ -9,12 +9,12 @@ from psycho.errors import BadInput
 from psycho.inference.models import fingerprint
 from psycho.nano import build
 
-_NANO = "nano:"
+NANO = "nano:"
 
 
 def uses_nano(config: Config) -> bool:
     """True when the run needs the embedded models."""
-    return any(name.startswith(_NANO) for name in named_models(config).values())
+    return any(name.startswith(NANO) for name in named_models(config).values())
 
 
 def named_models(config: Config) -> dict[str, str]:
@@ -40,9 +40,9 @@ def resolve(config: Config, model: str) -> str:
     Raises:
         BadInput: there is no nano model of that name.
     """
-    if not model.startswith(_NANO):
+    if not model.startswith(NANO):
         return str(Path(model).expanduser()) if model.startswith("~") else model
-    name = model.removeprefix(_NANO)
+    name = model.removeprefix(NANO)
     if name not in build.MODELS:
         raise BadInput(f"there is no model {model}; the nano models are {', '.join(build.MODELS)}")
     return str(build.nano_folder(config.nano) / name)
@@ -50,4 +50,4 @@ def resolve(config: Config, model: str) -> str:
 
 def identity(config: Config, model: str) -> str:
     """What a stage's key says of a model."""
-    return f"{model}@{build.nano_key(config.nano)}" if model.startswith(_NANO) else fingerprint(model)
+    return f"{model}@{build.nano_key(config.nano)}" if model.startswith(NANO) else fingerprint(model)

@@ -18,14 +18,23 @@ from rich.console import Console
 from rich.table import Table
 
 from psycho import storage
-from psycho.config import Config, JudgeConfig, LoopConfig, ModelConfig, SamplingConfig
+from psycho.config import Config, InferenceConfig, JudgeConfig, LoopConfig, ModelConfig, SamplingConfig
 from psycho.errors import BadInput
 from psycho.inference.requests import shares
 from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
+from psycho.models import resolve
 from psycho.preferences.published import source_files
 from psycho.run import Run
 from psycho.speeches.source import find_files, is_hub_id
-from psycho.stages import POLICIES, STAGES, check_config, evaluation_judge, same_judge, starts_from_pairs
+from psycho.stages import (
+    POLICIES,
+    STAGES,
+    check_config,
+    evaluation_judge,
+    nano_among_people,
+    same_judge,
+    starts_from_pairs,
+)
 from psycho.training.online.pairing import most_pairs
 
 CARDS_GIB = (24, 48, 80)
@@ -285,37 +294,59 @@ def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
     length = min(training.max_length, sum(_tokens(config, config.generation.sampling)))
     start = config.policy if training.reward.init == "policy" else training.reward.init
     sampled = online.rounds * min(online.speeches_per_round, train)
-    scorers = _online_scorers(config, start)
-    trained = training_load(config, config.policy)
+    scorers, watchers = _online_engines(config, start)
+    copies = int(online.reference == "fixed" and online.needs_reference)
     made = sampled * most_pairs(online)
     steps = online.rounds * _steps(made // online.rounds, online)
     answers = sampled * online.samples_per_speech
     seen = min(training.max_length, sum(_tokens(config, online.sampling)))
-    held_out = config.evaluation.judge if online.gold_every else None
-    watchers = [_judge_load(config, held_out, held_out.model)] if held_out else []
+    asked = 1 + online.rewarded + online.judged
     # An answer to every dev speech with its scores, before the first round and after each, and every so often a rating.
-    watched = (1 + len(scorers)) * (1 + online.rounds)
+    watched = asked * (1 + online.rounds)
     watched += 1 + -(-online.rounds // online.gold_every) if online.gold_every else 0
     watched *= round(train * config.pairs.dev_share)
     return [
         _fit(config, "train_sft", config.policy, train, training.sft, length),
         _fit(config, "train_reward", start, pairs, training.reward, length),
         _fit(config, "train_dpo", config.policy, pairs, training.dpo, length),
-        StagePlan("train_online", answers, answers, (1 + len(scorers)) * answers + watched, steps,
+        StagePlan("train_online", answers, answers, asked * answers + watched, steps,
                   made * 2 * online.epochs * seen,
-                  ((engine_load(config, config.policy, None, None), *scorers, *watchers, trained),)),
+                  ((engine_load(config, config.policy, None, None), *scorers, *watchers,
+                    training_load(config, config.policy, copies)),)),
     ]  # fmt: skip
 
 
-def _online_scorers(config: Config, reward_start: str) -> list[Load]:
-    """The workers that score in online training; all live beside those that sample and train."""
-    online, judge = config.online, config.judge
-    found = []
-    if online.rewarded:
-        found.append(engine_load(config, reward_start, online.scorer_engine, online.scorer_gpus_per_worker))
-    if online.judged:
-        found.append(engine_load(config, judge.model, judge.engine, judge.gpus_per_worker))
-    return [replace(load, workers=online.scorer_workers or load.workers) for load in found]
+def _online_engines(config: Config, reward_start: str) -> tuple[list[Load], list[Load]]:
+    """The workers that score in online training and those that only watch, beside those that sample and train."""
+    from psycho.training.online.engines import judge_workers, reward_workers  # by them Ray is imported, not started
+
+    online, held_out, policy = config.online, config.evaluation.judge, _online_start(config)
+
+    def judging(judge: JudgeConfig) -> list[Load]:
+        workers = judge_workers(config, judge, policy, _resolved(config, judge.model))
+        return [_held(config, judge.model, workers)] if workers else []
+
+    scorers = [_held(config, reward_start, reward_workers(config))] if online.rewarded else []
+    scorers += judging(config.judge) if online.judged else []
+    return scorers, judging(held_out) if online.gold_every and held_out else []
+
+
+def _held(config: Config, model: str, pool: InferenceConfig) -> Load:
+    return replace(engine_load(config, model, pool.engine, pool.gpus_per_worker), workers=pool.workers)
+
+
+def _online_start(config: Config) -> str:
+    """The folder that online training starts from, or one like it; a judge takes turns with no hub id."""
+    trained = Path(Run(config, STAGES).path("models", "dpo"))
+    base = Path(_resolved(config, config.policy))
+    return str(base if (base / "config.json").is_file() and not (trained / "config.json").is_file() else trained)
+
+
+def _resolved(config: Config, model: str) -> str:
+    try:
+        return resolve(config, model)
+    except BadInput:  # a warning says so
+        return model
 
 
 def _fit(config: Config, name: str, model: str, rows: int, settings: LoopConfig, length: int) -> StagePlan:
@@ -359,6 +390,8 @@ def _warnings(config: Config, speeches: str, stages: Sequence[StagePlan]) -> Ite
         yield f"the run would stop at once: {error}"
     if "assuming" in speeches:
         yield f"speeches.source {speeches.partition(';')[0]}); the run needs it, and all counts hang on it"
+    if misplaced := nano_among_people(config):
+        yield misplaced
     if same_judge(config):
         yield f"{config.judge.model} labels the pairs and judges the policies too; set evaluation.judge to another"
     cost, budget = remote_cost(config, stages[0].rows_in), config.generation.budget

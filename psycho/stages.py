@@ -11,7 +11,7 @@ from psycho.errors import BadInput
 from psycho.inference.endpoint import api_key
 from psycho.inference.models import check_model
 from psycho.judging.rubric import prompt_version
-from psycho.models import identity, named_models, resolve
+from psycho.models import NANO, identity, named_models, resolve
 from psycho.nano.build import nano_key
 from psycho.preferences.published import source_facts
 from psycho.run import Stage
@@ -169,6 +169,21 @@ def evaluation_judge(config: Config) -> Any:
 def same_judge(config: Config) -> bool:
     """True when the judge that labelled the pairs decides the win rate too, so that its taste counts twice."""
     return not starts_from_pairs(config) and evaluation_judge(config).model == config.judge.model
+
+
+def nano_among_people(config: Config) -> str | None:
+    """A sentence where models of the nano world would meet speeches of another one; None where all is well."""
+    if config.speeches.source == "nano" and not starts_from_pairs(config):
+        return None
+    settings = dict.fromkeys(
+        setting.partition(" ")[0] for setting, model in named_models(config).items() if model.startswith(NANO)
+    )
+    if not settings:
+        return None
+    return (
+        f"{', '.join(settings)}: models of the nano world know its speeches alone, so their answers and ratings mean "
+        "nothing for real people; start from configs/small-1gpu.yaml"
+    )
 
 
 STAGES: tuple[Stage, ...] = (

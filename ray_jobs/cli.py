@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from psycho.config import load_config
+from psycho.errors import EXIT_BAD_INPUT, BadInput
 from psycho.job import DEFAULT_CONFIG, FILE_OPTIONS, Job, Options, execute, register
 from ray_jobs.export import command as export_command
 
@@ -72,7 +75,6 @@ def nano(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")] = False,
 ) -> None:
     """the embedded world: make its models, and check them"""
-    from pathlib import Path
 
     def recipe(job: Job) -> None:
         module = importlib.import_module("ray_jobs.nano")
@@ -93,6 +95,23 @@ def doctor() -> None:
     checks = examine()
     Console().print(render(checks))
     raise typer.Exit(exit_code(checks))
+
+
+@app.command(name="settings")
+def settings(
+    section: Annotated[str | None, typer.Argument(help="such as online or online.sampling; all without one")] = None,
+    config: Annotated[Path | None, typer.Option(help="say too what this file sets otherwise")] = None,
+) -> None:
+    """what can be set, by --set or in a file: kind, default, meaning; none is written null there"""
+    from psycho.settings import changed, find, print_settings
+
+    try:
+        found = find(section)
+        here = changed(load_config(config)) if config else {}
+    except BadInput as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    print_settings(found, here, Console())
 
 
 def main() -> None:

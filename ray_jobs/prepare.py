@@ -24,7 +24,7 @@ from psycho.preferences.published import read_published
 from psycho.run import StageResult
 from psycho.schema import CLIENT_SPEECH
 from psycho.speeches.topics import coarse_counts
-from psycho.stages import starts_from_pairs
+from psycho.stages import nano_among_people, starts_from_pairs
 
 _WITHOUT_RAY = 16  # batches that are cleaned sooner than Ray starts
 
@@ -33,6 +33,12 @@ def prepare(job: Job) -> None:
     """Write `speeches/`."""
 
     def body(partial: str) -> StageResult:
+        result = made(partial)
+        if misplaced := nano_among_people(job.config):
+            job.progress.say(f"  note: {misplaced}")
+        return result
+
+    def made(partial: str) -> StageResult:
         if starts_from_pairs(job.config):
             return _imported(job, partial)
         if job.config.speeches.source == "nano":

@@ -181,6 +181,18 @@ def test_too_little_memory_is_said_and_what_was_done_stays_done(run_dir, capsys,
     )
 
 
+@pytest.mark.parametrize("source", ["nano", "people"])
+def test_nano_models_for_the_speeches_of_people_are_said(tmp_path, run_dir, capsys, source):
+    file = tmp_path / "people.csv"
+    file.write_text("question\n" + "".join(f'"{word} {SECRET}"\n' for word in ("Well,", "Honestly,", "Today:")))
+    plain = ("speeches.nano_train=4", "speeches.evaluation=2", "speeches.near_duplicates=ignore")
+    named = () if source == "nano" else (f"speeches.source={file}",)
+    assert execute("prepare", prepare, Options(overrides=plain + named, run_dir=str(run_dir))) == 0
+    said = capsys.readouterr().err
+    assert ("note: policy, judge.model" in said) == ("configs/small-1gpu.yaml" in said) == (source == "people")
+    assert "Tobias" not in said
+
+
 def test_a_full_disk(run_dir, capsys, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part-0.parquet")

@@ -57,14 +57,14 @@ def test_dry_run_of_the_paper_prints_every_stage_and_touches_nothing(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_needs_no_ray_and_no_heavy_import(tmp_path):
+def test_dry_run_starts_no_ray_and_imports_nothing_heavy(tmp_path):
     program = f"""
 import sys
 from psycho.job import Options, execute
 code = execute("pipeline", None, Options(config={str(PAPER)!r}, dry_run=True))
-names = ("torch", "vllm", "transformers", "deepspeed", "ray")
+names = ("torch", "vllm", "transformers", "deepspeed")
 heavy = [name for name in names if name in sys.modules]
-started = False
+started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
 print(code, heavy, started)
 """
     done = subprocess.run(
@@ -180,6 +180,48 @@ def test_a_held_out_judge_is_counted():
     assert judge and len(watched.phases[0]) == len(plain.phases[0]) + 1
 
 
+PAPER_3B = ROOT / "configs" / "paper-3b.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        (["online.gold_every=1"], 5 + 2 + 1 + 4),  # training, samples, the reward model, one worker that watches
+        (["online.gold_every=1", "online.scorer_workers=null"], 5 + 2 + 2 + 2 * 4),
+        (["online.gold_every=1", "evaluation.judge=null"], 5 + 2 + 1),  # the truth watches, or the run stops
+        (["online.scorer=judge"], 5 + 2 + 4),
+        (["online.scorer=mixture", "online.gold_every=1"], 5 + 2 + 1 + 4 + 4),
+    ],
+)
+def test_gpus_of_online_training_are_those_that_it_starts(overrides, gpus):
+    assert stages(load_config(PAPER_3B, overrides))["train_online"].gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("own", "engines"),
+    [({}, 1), ({"gpus_per_worker": 0.5}, 2), ({"engine": {"max_model_len": 64}}, 2), ({"other": True}, 2)],
+)
+@pytest.mark.parametrize("watches", [False, True])
+def test_a_judge_that_takes_turns_with_the_policy_is_no_engine_of_its_own(tmp_path, own, engines, watches):
+    for name in ("policy-1B", "judge-1B"):
+        (tmp_path / name).mkdir()
+        other = {"vocab_size": 2} if own.get("other") and name == "judge-1B" else {}
+        (tmp_path / name / "config.json").write_text(json.dumps({"hidden_size": 8} | other))
+    judge = {"model": str(tmp_path / "judge-1B")} | {key: value for key, value in own.items() if key != "other"}
+    asked = {"scorer": "reward", "gold_every": 1} if watches else {"scorer": "judge"}
+    config = minimal(
+        run_dir=str(tmp_path / "run"),
+        policy=str(tmp_path / "policy-1B"),
+        pairs={"dev_share": 0.1},
+        online=asked,
+        **({"evaluation": {"judge": judge}} if watches else {"judge": judge}),
+    )
+    online = stages(config)["train_online"]
+    [phase] = online.phases
+    assert len(phase) == engines + watches + 1  # the reward model scores where the judge watches; the trainer
+    assert online.requests > 2 * online.rows_in  # every sample is scored, whoever has the engine
+
+
 def test_dev_speeches_are_answered_and_scored_before_the_first_round_and_after_each():
     with_dev, without = (stages(load_config(PAPER, [f"pairs.dev_share={share}"])) for share in (0.1, 0))
     more = with_dev["train_online"].requests - 2 * 8 * 16 * 6400
@@ -231,6 +273,18 @@ def test_offloading_moves_the_optimizer_to_the_host():
     kept, moved = load(False), load(True)
     assert kept.gib - moved.gib == pytest.approx(12e9 / memory.GIB)
     assert moved.host_gib - kept.host_gib == pytest.approx(12e9 / memory.GIB)
+
+
+@pytest.mark.parametrize(("loss", "copies"), [("dpo", 1), ("simpo", 0)])
+def test_a_fixed_reference_is_a_whole_copy_on_every_rank(loss, copies):
+    """8e9 weights in 16 bits, however many workers share the rest; a loss without a reference keeps none."""
+
+    def gib(reference):
+        online = {"reference": reference, "loss": loss}
+        config = minimal(training={"workers": 8, "zero_stage": 3}, online=online)
+        return stages(config)["train_online"].phases[0][-1].gib
+
+    assert gib("fixed") - gib("each_round") == pytest.approx(copies * 16e9 / memory.GIB)
 
 
 def test_checkpointing_saves_activations_and_logits_do_not_grow_with_the_bin():
@@ -317,6 +371,20 @@ def test_warnings():
     assert "train_dpo needs" in warnings("training.zero_stage=0")
     assert "gpus_per_worker is 1; give it 4" in warnings("judge.gpus_per_worker=1")
     assert "the run would stop at once: evaluation.baseline is empty" in warnings("evaluation.baseline=''")
+
+
+def test_nano_models_are_not_for_the_speeches_of_people():
+    def said(*overrides):
+        warnings = plan.build_plan(load_config(ROOT / "configs" / "nano.yaml", overrides), "pipeline").warnings
+        return [text for text in warnings if "nano world" in text]
+
+    assert said() == []
+    for source in ("speeches.source=mine.csv", "pairs.source=pairs.parquet"):
+        [sentence] = said(source)
+        assert sentence.startswith("policy, judge.model, evaluation.baseline, generation.pool")
+        assert "mean nothing for real people; start from configs/small-1gpu.yaml" in sentence
+    real = load_config(SMALL, ["speeches.source=mine.csv"])
+    assert not any("nano world" in text for text in plan.build_plan(real, "pipeline").warnings)
 
 
 def test_a_remote_model_needs_nothing_here_and_has_its_price(tmp_path):

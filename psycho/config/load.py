@@ -74,7 +74,7 @@ def _explain(error: ValidationError, origin: str) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {key}; {_nearest(key)}"
+        return f"{origin}: unknown key {key}; {nearest(key)}"
     if first["type"] == "missing":
         return f"{origin}: {key} is missing; set it"
     message = first["msg"].removeprefix("Value error, ")
@@ -83,7 +83,8 @@ def _explain(error: ValidationError, origin: str) -> str:
     return f"{origin}: {key or 'configuration'}: {message[0].lower()}{message[1:]}{shown}"
 
 
-def _nearest(key: str) -> str:
+def nearest(key: str) -> str:
+    """Which known key an unknown one may stand for, as the end of a sentence."""
     known = list(known_keys())
     key = ".".join(part for part in key.split(".") if not part.isdigit())  # places in a list
     parent, _, leaf = key.rpartition(".")

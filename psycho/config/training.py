@@ -74,6 +74,11 @@ class PreferenceConfig(LoopConfig):
             raise ValueError(f"{given[0]} is about pairs and loss plackett_luce about rankings; leave one of them out")
         return self
 
+    @property
+    def needs_reference(self) -> bool:
+        """True where the loss compares with a reference policy."""
+        return self.loss not in ("simpo", "orpo")
+
 
 class DPOConfig(PreferenceConfig):
     """Offline DPO; `init` is the policy it starts from, which is also its reference."""

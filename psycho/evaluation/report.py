@@ -177,7 +177,21 @@ def _online(run: Run, summary: Summary) -> Context | None:
     if not rounds:
         return None
     svg = plots.online_rounds(rounds) if len(rounds) > 1 else None
-    return {"rounds": rounds, "watched": any("gold_score" in row for row in rounds), "svg": svg}
+    shown = [row | _said_of_round(row) for row in rounds]
+    return {"rounds": shown, "watched": any("gold_score" in row for row in rounds), "svg": svg}
+
+
+def _said_of_round(row: Mapping[str, Any]) -> Context:
+    """What the table says in words; a figure that an earlier psycho did not note is left out."""
+    counts = {"unscored": row["failed"], "too unsafe": row.get("floor_hits"), "cut off": row.get("truncated")}
+    of_pairs = [f"{findings.percent(row['ties'], 0)} ties"] if row.get("ties") else []
+    of_pairs += [f"{row['too_long']:,} too long"] if row.get("too_long") else []
+    return {
+        "sampled_by": _count(row.get("policy")),
+        "proof": "–" if row.get("sync_error") is None else f"{row['sync_error']:.1g}",
+        "of_samples": [f"{count:,} {what}" for what, count in counts.items() if count],
+        "of_pairs": of_pairs,
+    }
 
 
 def _examples(run: Run, summary: Summary) -> list[dict[str, Any]]:

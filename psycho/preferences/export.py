@@ -45,25 +45,42 @@ def export_pairs(
     Raises:
         BadInput: there is something in `target`, or there are no pairs.
     """
-    if storage.exists(storage.join(target, "README.md")) or any(storage.parquet_files(target)):
-        raise BadInput(f"{target} holds a data set already; give another folder with --to")
-    counts: dict[str, int] = {}
+    check_target(target)
+    counts = count_pairs(preferences)
     for name in SPLITS:
-        table = storage.read_table(storage.join(preferences, name), schema=PREFERENCE_PAIR).select(
-            PREFERENCE_PAIR.names
-        )
-        if not table.num_rows:
-            continue
-        rows = table.to_pylist()
         split = HUB_SPLITS[name]
-        counts[split] = len(rows)
+        if split not in counts:
+            continue
+        rows = storage.read_table(storage.join(preferences, name)).select(PREFERENCE_PAIR.names).to_pylist()
         text = pa.Table.from_pylist([row | {"prompt": text_prompt(row)} for row in rows], schema=TEXT)
         _write_shards(text, storage.join(target, "data"), split, rows_per_shard)
         chat = pa.Table.from_pylist([_messages(row) for row in rows], schema=CONVERSATIONAL)
         _write_shards(chat, storage.join(target, "conversational"), split, rows_per_shard)
+    storage.write_text(storage.join(target, "README.md"), card(counts, facts))
+    return counts
+
+
+def check_target(target: str) -> None:
+    """Refuse a folder that holds a data set.
+
+    Raises:
+        BadInput: there is something in `target`.
+    """
+    if storage.exists(storage.join(target, "README.md")) or any(storage.parquet_files(target)):
+        raise BadInput(f"{target} holds a data set already; give another folder with --to")
+
+
+def count_pairs(preferences: str) -> dict[str, int]:
+    """Pairs by split of the hub, of the splits that there are.
+
+    Raises:
+        BadInput: there are no pairs.
+    """
+    files = {name: storage.parquet_files(storage.join(preferences, name)) for name in SPLITS}
+    rows = {name: sum(pq.read_metadata(path, filesystem=fs).num_rows for fs, path in files[name]) for name in SPLITS}
+    counts = {HUB_SPLITS[name]: count for name, count in rows.items() if count}
     if not counts:
         raise BadInput(f"{preferences} holds no pairs; run the stage pair first")
-    storage.write_text(storage.join(target, "README.md"), card(counts, facts))
     return counts
 
 

@@ -186,7 +186,6 @@ LOSSES: dict[str, Callable[[PairLogprobs, PreferenceConfig], Tensor]] = {
     "simpo": _simpo,
     "orpo": _orpo,
 }
-WITHOUT_REFERENCE = frozenset({"simpo", "orpo"})
 
 
 def preference(pairs: PairLogprobs, settings: PreferenceConfig) -> Tensor:

@@ -219,7 +219,7 @@ class Preference(_Pairs):
 
     def __init__(self, settings: LoopConfig, tokenizer: Any) -> None:
         super().__init__(settings, tokenizer)
-        self.needs_reference = self.settings.loss not in losses.WITHOUT_REFERENCE
+        self.needs_reference = self.settings.needs_reference
 
     def encode(self, rows: Sequence[Row], max_length: int) -> tuple[Groups, list[int]]:
         kept, too_long = super().encode(rows, max_length)

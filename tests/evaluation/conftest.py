@@ -156,6 +156,8 @@ class FakeRun:
                 "entropy": 1.5 / n,
                 "kl": 0.4 * n,
                 "dev_score": 3.9 + n % 2,
+                "policy": n - 1,
+                "sync_error": 3.2e-6 * n,
             }
             row |= {"seconds": {"wall": 40.0 + n}} | ({"chosen": True} if n == 1 else {})
         storage.write_text(storage.join(partial, "models", "online", "rounds.json"), json.dumps(rounds))

@@ -214,13 +214,39 @@ def test_recipe_writes_the_page_as_a_stage(fake_run: Any, capsys: pytest.Capture
     assert "stuck" not in told and "hard" not in told
 
 
+def cells(html: str) -> list[list[str]]:
+    """The text of the table of online rounds, row by row."""
+    table = html[html.index("<caption>Each round") :]
+    rows = table[table.index("<tbody>") : table.index("</tbody>")].split("</tr>")[:-1]
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    heads = table[: table.index("<tbody>")].count('scope="col"')
+    assert all(len(row) == heads <= 10 for row in found)
+    return [[" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in row] for row in found]
+
+
+def test_a_run_of_one_round_has_the_table_and_no_plot(fake_run: Any) -> None:
+    run = fake_run.finish()
+    file = run.path("models", "online", "rounds.json")
+    storage.write_text(file, json.dumps(json.loads(storage.read_text(file) or "")[1:2]))
+    for name in ("sft", "reward", "dpo", "online"):  # no step whose figures are finite: no curve either
+        storage.remove(run.path("models", name, "training.jsonl"))
+    html = page(run)
+    Page(html)
+    assert "rounds" not in figures(html)
+    [row] = cells(html)
+    assert row[0] == "2 kept" and row[6:9] == ["0.40 1.50", "4.90", "3e-06"]
+
+
 def test_online_rounds_say_which_policy_was_kept_and_draw_what_was_watched(fake_run: Any) -> None:
     html = page(fake_run.finish())
     assert "The policy after round 2 was kept" in html and "The policy after round 3" not in html
-    row = re.search(r'<tr><th scope="row">2</th><td>1,600</td>.*?</tr>', html)
-    assert (
-        row and "<td>12.5\u00a0%</td><td>3</td><td>4</td><td>5</td><td>41</td>" in row[0] and "<td>0.42</td>" in row[0]
-    )
+    old, kept, last = cells(html)
+    assert old == ["1", "–", "1,600", "280", "3.40", "212", "–", "–", "–", "–"]
+    assert kept == [
+        "2 kept", "0", "1,600 1 unscored 3 too unsafe 4 cut off", "292 12 % ties 5 too long",
+        "3.70 0.42", "243", "0.40 1.50", "4.90", "3e-06", "41",
+    ]  # fmt: skip
+    assert last[:2] == ["3", "1"] and last[7:] == ["3.90", "6e-06", "42"]
     drawn = html[html.index('id="rounds-figure_1"') :]
     assert all(word in drawn for word in ("dev, after the round", "to the first policy", "best of a speech", "entropy"))
     assert all(word in drawn for word in ("speeches that tie", "unsafe samples", "samples cut off"))
@@ -236,6 +262,5 @@ def test_online_rounds_show_what_the_held_out_judge_said(fake_run: Any) -> None:
     storage.write_text(file, json.dumps(rounds))
     html = page(run)
     assert "before the first it gave them 3.25" in html
-    rows = re.findall(r'<tr><th scope="row">[123]</th><td>1,600</td>.*?</tr>', html)
-    assert "<td>2.75</td><td>41</td>" in rows[1] and "<td>–</td><td>42</td>" in rows[2]
+    assert [row[7] for row in cells(html)] == ["– –", "4.90 2.75", "3.90 –"]
     assert "held-out judge, 1 to 5" in html[html.index('id="rounds-figure_1"') :]

@@ -245,6 +245,39 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     assert "stage pair is not done" in done.output
 
 
+def test_a_dry_run_says_what_would_be_written_and_touches_nothing(job: Job, tmp_path: Path, hub: Hub) -> None:
+    from typer.testing import CliRunner
+
+    from ray_jobs.cli import app
+
+    target, common = tmp_path / "set", ["--config", str(NANO), "--run-dir", job.run.root, "--dry-run"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    options = ["--rows-per-shard", "5", "--licence", "mit", "--push", "owner/name"]
+    done = CliRunner().invoke(app, ["export", "--to", str(target), *common, *options])
+    assert done.exit_code == 0, done.output
+    for said in (
+        f"12 train, 4 test pairs of {job.run.root} -> {target}", "3 train, 1 test Parquet files each", "licence mit",
+        "owner/name on the hub (private)", "Nothing was written or sent.",
+    ):  # fmt: skip
+        assert said in done.output, said
+    assert "awake" not in done.output and hub.asked == []
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    refused = CliRunner().invoke(app, ["export", "--to", str(target), *common, "--push", "owner/name"])
+    assert refused.exit_code == 2 and "--push needs --licence" in refused.output
+    recipe.export(job, str(target), "mit")
+    assert CliRunner().invoke(app, ["export", "--to", str(target), *common]).exit_code == 2
+
+
+def test_a_dry_run_of_a_run_that_is_not_there_makes_no_folder(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from ray_jobs.cli import app
+
+    options = ["--config", str(NANO), "--run-dir", str(tmp_path / "none"), "--dry-run"]
+    done = CliRunner().invoke(app, ["export", "--to", str(tmp_path / "set"), *options])
+    assert done.exit_code == 2 and "stage pair is not done" in done.output and not list(tmp_path.iterdir())
+
+
 def test_pairs_that_are_not_done_are_one_sentence(job: Job, tmp_path: Path) -> None:
     storage.remove(job.run.path("manifests", "pair.json"))
     with pytest.raises(BadInput, match="stage pair is not done"):
