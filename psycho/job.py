@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from psycho import interrupt
+from psycho import interrupt, storage
 from psycho.config import Config, load_config
 from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, BadInput, StageFailed
 from psycho.progress import Progress
@@ -60,6 +60,11 @@ class Job:
         def announced(partial: str) -> StageResult:
             again = f": once more, {reason}" if self.run.manifest(name) else ""
             self.progress.say(f"[bold]{name}[/bold]{again}")
+            if (others := self.run.unfinished_others(name)) and not storage.exists(partial):
+                self.progress.say(
+                    f"  note: {name} was interrupted under other settings and begins anew; {', '.join(others)} is "
+                    "removed once it is done, and gone on from if those settings come back before that"
+                )
             return body(partial)
 
         manifest = self.run.execute(name, announced)

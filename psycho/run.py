@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -153,7 +153,6 @@ class Run:
         for upstream in self.stages[name].inputs(self.config):
             if not self.is_done(upstream):
                 raise BadInput(f"stage {name} needs stage {upstream}, which is not done in {self.root}; run it first")
-        self._drop_stale_partials(name)
         started = time.time()
         try:
             result = body(self.partial(name))
@@ -192,17 +191,16 @@ class Run:
             **result.extra,
         }
         storage.write_text(self.path("manifests", f"{name}.json"), json.dumps(manifest, indent=2))
-        storage.remove(self.partial(name))
+        for unfinished in (self.partial(name), *self.unfinished_others(name)):
+            storage.remove(unfinished)
         self._ledger(name, "done", seconds, result)
         return {**manifest, "status": "done"}
 
-    def _drop_stale_partials(self, name: str) -> None:
-        if storage.is_remote(self.root):
-            return
-        keep = Path(self.partial(name)).name
-        for folder in Path(storage.resolve(self.root)[1], ".partial").glob(f"{name}-*"):
-            if folder.name != keep:
-                storage.remove(str(folder))
+    def unfinished_others(self, name: str) -> list[str]:
+        """Folders of the stage under other settings, which it goes on from where those come back before it is done."""
+        own, other = f"{name}-{self.key(name)}", re.compile(f"{name}-[0-9a-f]{{16}}")
+        found = storage.names(self.path(".partial"))
+        return [self.path(".partial", folder) for folder in found if other.fullmatch(folder) and folder != own]
 
     def _ledger(self, name: str, status: str, seconds: float, result: StageResult) -> None:
         line = {

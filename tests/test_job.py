@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,22 @@ def test_a_stage_that_is_done_neither_runs_nor_needs_ray(options, capsys):
     said = capsys.readouterr().err
     assert len(bodies) == 1 and "prepare: 1,199 rows, 1 left out, 5 tokens" in said
     assert "prepare: done before, skipped" in said
+
+
+def test_unfinished_work_of_other_settings_is_said_once(options, capsys):
+    def recipe(job: Job) -> None:
+        def body(partial: str) -> StageResult:
+            Path(partial, "speeches").mkdir(parents=True, exist_ok=True)
+            raise StageFailed("lost")
+
+        job.stage("prepare", body)
+
+    other = replace(options, overrides=(*options.overrides, "seed=77"))
+    for tried in (options, other, other):
+        assert execute("prepare", recipe, tried) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("note: prepare was interrupted under other settings and begins anew") == 1
+    assert "is removed once it is done, and gone on from if those settings come back" in said
 
 
 def test_too_little_memory_is_said_before_ray_starts(monkeypatch):

@@ -253,20 +253,25 @@ def test_an_interrupted_stage_leaves_old_results_and_what_it_has(toy, tmp_path, 
     assert [line["status"] for line in toy.ledger()] == ["done", type(error).__name__]
 
 
-def test_what_an_interrupted_stage_has_is_kept_for_the_same_key_and_dropped_for_another(toy, tmp_path):
+def test_what_an_interrupted_stage_has_is_kept_for_its_settings_until_the_stage_is_done(toy, tmp_path):
+    """Hours of work are not lost to a setting that was tried and taken back."""
     storage.write_text(storage.join(toy.run.partial("first"), "answers"), "half")
     changed = Toy(tmp_path / "run", gap=0.5)
+    neighbour = toy.run.path(".partial", "first-thing-0123456789abcdef", "answers")  # of another stage
+    storage.write_text(neighbour, "half")
     seen: list[bool] = []
 
     def looking(partial: str) -> StageResult:
         seen.append(storage.exists(storage.join(partial, "answers")))
         raise RuntimeError
 
-    for run in (toy.run, changed.run):
+    for run in (toy.run, changed.run, toy.run):
         with pytest.raises(RuntimeError):
             run.execute("first", looking)
-    assert seen == [True, False]
-    assert not storage.exists(toy.run.partial("first"))
+    assert seen == [True, False, True]
+    assert changed.run.unfinished_others("first") == [toy.run.partial("first")]
+    changed.run.execute("first", changed.body("new"))
+    assert not storage.exists(toy.run.partial("first")) and storage.exists(neighbour)
 
 
 @pytest.mark.parametrize("crash_at", ["run/two.txt", "quarantine/first.jsonl", "manifests/first.json"])
