@@ -392,13 +392,27 @@ def test_a_tensor_that_is_not_the_trainers_stops_the_round(
         save_file(weights, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(Trainer, "save", corrupted)
-    with pytest.raises(StageFailed, match="does not hold the trainer's weights"):
+    with pytest.raises(StageFailed, match=r"does not hold the trainer's weights.*the same command again.* report it$"):
         tried()
     # What is on disk is not what was trained: it is no half to go on from, whoever goes on.
     assert not (tmp_path / "rounds" / "trained-1").exists() and (tmp_path / "rounds" / "sampled-0").exists()
     monkeypatch.setattr(Trainer, "save", save)
     tried()
     assert _same(tried.weights, whole.weights)
+
+
+def test_weights_that_were_sent_and_are_not_the_trainers_have_another_way(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wire:
+        def send(self, policy: str, before: str) -> None:
+            tried.pool.read = lambda model, rows: [[value + 1 for value in row] for row in read(model, rows)]
+
+    tried = Tried(tmp_path, whole.policy)
+    read = tried.pool.read
+    monkeypatch.setattr("psycho.training.online.rounds.transport", lambda *arguments: Wire())
+    with pytest.raises(StageFailed, match=r"does not hold the trainer's weights.* set online.transport=disk$"):
+        tried()
 
 
 def test_a_policy_that_was_proven_once_stays_where_an_engine_fails_later(

@@ -259,7 +259,8 @@ class Rounds:
         tolerance = self.online.sync_tolerance or within
         found = self.job.rollout.engines.rollout.read_by_each(policy, [row.ids for row in self.probes])
         try:
-            error = proof.check(said, found, tolerance)
+            sent = index > self.done and not isinstance(self.transport, DiskTransport)
+            error = proof.check(said, found, tolerance, sent)
             before, self.read = self.read, proof.Read(said, found)
             # Adapters merged into 16 bits may be rounded away, which is no fault of the way there.
             if before and (exact or not self.job.training.lora):
