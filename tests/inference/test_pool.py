@@ -182,9 +182,9 @@ def test_a_pool_that_gives_up_names_what_bounds_its_wait(local_ray: None, monkey
         workers=1, cpus_per_worker=0.5, gpus_per_worker=0, start_timeout_s=0.2, batch_timeout_s=0.2
     )
     with WorkerPool(config, 0) as workers:
-        with pytest.raises(WaitTimedOut, match="is taking weights and gave up; raise inference.batch_timeout_s"):
+        with pytest.raises(WaitTimedOut, match=r"is taking weights and gave up; raise inference.batch_timeout_s"):
             workers.use("m")
-        with pytest.raises(WaitTimedOut, match="is sampling and gave up; raise inference.batch_timeout_s"):
+        with pytest.raises(WaitTimedOut, match=r"is sampling and gave up; raise inference.batch_timeout_s"):
             workers.sample("m", [[]], [0], SamplingConfig())
 
 

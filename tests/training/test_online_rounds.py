@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from psycho.config import Config, LoRAConfig, OnlineConfig, TrainingConfig
-from psycho.errors import StageFailed
+from psycho.errors import BadInput, StageFailed
 from psycho.inference.pool import Begun
 from psycho.inference.worker import Completion
 from psycho.training.launch import read_history
@@ -266,7 +267,7 @@ def test_samples_that_do_not_come_end_the_wait(whole: Tried, tmp_path: Path) -> 
     tried = Tried(tmp_path, whole.policy, round_timeout_s=0.2)
     ended: list[bool] = []
     tried.pool.break_at = lambda name: ended.append(tried.pool.given_up.wait(60)) if name == "sample" else None
-    with pytest.raises(StageFailed, match="waited 0 s for the samples of round 0 and gave up"):
+    with pytest.raises(StageFailed, match=r"the samples of round 1 and gave up; raise online.round_timeout_s"):
         tried()
     assert ended == [True]  # not before the job had given up
 
@@ -461,9 +462,24 @@ def test_answers_that_were_drawn_are_not_asked_for_again(
 def test_a_round_without_a_pair_is_not_sampled_again(whole: Tried, tmp_path: Path) -> None:
     tried = Tried(tmp_path, whole.policy, min_gap=100.0)
     for _ in range(2):
-        with pytest.raises(StageFailed, match=r"round 0 made no pair; lower online.min_gap"):
+        with pytest.raises(
+            BadInput, match=r"round 1 made no pair: of 4 speeches, in 4 no gap reaches.*; lower online.min_gap$"
+        ):
             tried()
     assert [name for name, _ in tried.pool.asked].count("sample") == 1
+
+
+def test_pairs_that_are_all_too_long_are_said(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = Tried(tmp_path, whole.policy)
+    sample = tried.pool.sample
+
+    def long(*arguments: Any) -> list[Completion]:
+        completions = sample(*arguments[:-1], None)
+        return in_chunks([replace(done, text=done.text * 40) for done in completions], arguments[-1])
+
+    monkeypatch.setattr(tried.pool, "sample", long)
+    with pytest.raises(BadInput, match=r"every pair of round 1 is over training.max_length 256; raise it"):
+        tried()
 
 
 # Dev score

@@ -139,7 +139,9 @@ def test_a_policy_that_stands_still_proves_nothing() -> None:
 
 def test_weights_that_cannot_be_proven_are_said(nano_tokenizer: Any) -> None:
     speeches = [{"speech_id": "s", "question": "I am tired. " * 40}]
-    with pytest.raises(BadInput, match=r"fits into 16 tokens.*raise training.max_length.* over the \d+ that") as refused:
+    with pytest.raises(
+        BadInput, match=r"fits into 16 tokens.*raise training.max_length.* over the \d+ that"
+    ) as refused:
         proof.probes(speeches, None, nano_tokenizer, 2, 16)
     enough = int(re.findall(r"over the (\d+)", str(refused.value))[0]) + 1
     assert len(proof.probes(speeches, None, nano_tokenizer, 2, enough)) == 1

@@ -52,8 +52,8 @@ def probes(
     if count and not found:
         raise BadInput(
             f"no speech with an answer fits into {max_length} tokens, so that the weights of the engines cannot be "
-            f"proven; raise training.max_length and inference.engine.max_model_len over the {shortest} that the shortest "
-            "takes"
+            "proven; raise training.max_length and inference.engine.max_model_len over the "
+            f"{shortest} that the shortest takes"
         )
     return found
 

@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
 from psycho import storage
 from psycho.config import Config, TrainingConfig
-from psycho.errors import StageFailed, WaitTimedOut
+from psycho.errors import BadInput, StageFailed, WaitTimedOut
 from psycho.inference.requests import prompt
 from psycho.schema import stable_seed
 from psycho.training.launch import read_rows
@@ -36,6 +37,7 @@ from psycho.training.online.rollout import Rollout, Sampled, Speech
 from psycho.training.online.state import RoundStore, load_optimizer, save_optimizer
 from psycho.training.online.transport import DiskTransport, transport
 from psycho.training.online.turns import Turns
+from psycho.training.online.unpaired import why_no_pair
 
 Row = dict[str, Any]
 # Nats of a token: in fp32 on a CPU; on a GPU, where vLLM's attention takes the TF32 units; in 16 bits.
@@ -196,10 +198,11 @@ class Rounds:
         # Read by one for all: what it wrote a moment ago, others may not see yet on a file system over the network.
         pairs = on_first("reading pairs", lambda: read_rows(self.store.pairs(number)))
         if not pairs:
-            raise StageFailed(f"round {number} made no pair; lower online.min_gap")
+            raise BadInput(on_first("reading samples", lambda: self._no_pair(number)))
         groups, too_long = trainer.groups(pairs)
         if not groups:
-            raise StageFailed(f"every pair of round {number} is over training.max_length; raise it")
+            limit = job.training.max_length
+            raise BadInput(f"every pair of round {number + 1} is over training.max_length {limit}; raise it")
         if self.fixed:
             self.fixed.store(groups)
 
@@ -212,6 +215,10 @@ class Rounds:
         steps = storage.join(job.work, "steps")
         history = trainer.fit(groups, self.seed + number, on_step, references=references, checkpoints=steps)
         return {"too_long": len(too_long), "history": [row | {"round": number} for row in history]}
+
+    def _no_pair(self, number: int) -> str:
+        file = Path(self.store.pairs(number)).with_name("samples.parquet")
+        return f"round {number + 1} made no pair: {why_no_pair(pq.read_table(file).to_pylist(), self.online)}"
 
     def _save(self, index: int, report: Row) -> None:
         """The second half of a round; collective."""
@@ -236,7 +243,8 @@ class Rounds:
         waiting, self.ahead = self.ahead, None
         if waiting:
             if not wait([waiting], self.online.round_timeout_s).done:
-                raise WaitTimedOut(f"the samples of round {number}", self.online.round_timeout_s)
+                limit = self.online.round_timeout_s
+                raise WaitTimedOut(f"the samples of round {number + 1}", limit, "online.round_timeout_s")
             waiting.result()
 
     def _settle(self, index: int) -> Row:
