@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from psycho import storage
-from psycho.config import Config, DPOConfig, LoopConfig, RewardConfig, TrainingConfig
+from psycho.config import Config, DPOConfig, LoopConfig, PairsConfig, RewardConfig, TrainingConfig
 from psycho.errors import BadInput
 from psycho.training import stage
 from psycho.training.checkpoint import best_folder
@@ -77,9 +77,9 @@ def test_without_dev_pairs_the_last_are_kept(one_rank: None, tiny_llama: Callabl
 
 
 def test_best_without_dev_pairs_is_refused(tmp_path: Path) -> None:
-    config = Config(training=TRAINING.model_copy(update={"keep": "best"}))
+    config = Config(training=TRAINING.model_copy(update={"keep": "best"}), pairs=PairsConfig(dev_share=0.1))
     job: Any = SimpleNamespace(config=config, run=SimpleNamespace(path=lambda *names: str(tmp_path.joinpath(*names))))
-    with pytest.raises(BadInput, match=r"training\.keep is best .* set pairs\.dev_share"):
+    with pytest.raises(BadInput, match=r"training\.keep is best .* raise pairs\.dev_share or set training\.keep=last"):
         stage.dev_rows(job, stage.preference_rows)
 
 
