@@ -20,6 +20,7 @@ def _rows(*samples: tuple[Any, ...], speech: str = "s") -> list[dict[str, Any]]:
     whole = [(*sample, False, None)[:3] if len(sample) == 1 else (*sample, None)[:3] for sample in samples]
     return [
         {"speech_id": speech, "response": f"text {n}", "value": value, "truncated": cut, "safety": safety}
+        | {"output_tokens": 1024 if cut else 7}
         for n, (value, cut, safety) in enumerate(whole)
     ]
 
@@ -60,6 +61,12 @@ def _rows(*samples: tuple[Any, ...], speech: str = "s") -> list[dict[str, Any]]:
 )
 def test_each_reason_with_what_to_do(samples: Any, online: Any, said: str) -> None:
     assert why_no_pair(_rows(*samples), OnlineConfig(**online)) == f"of 1 speeches, {said}"
+
+
+def test_an_answer_that_the_engine_had_no_room_for_is_not_cut_off_at_max_tokens() -> None:
+    rows = [row | {"output_tokens": 9} for row in _rows((2.0, True), (1.0,))]
+    said = why_no_pair(rows, OnlineConfig())
+    assert said.endswith("cut off at inference.engine.max_model_len; raise inference.engine.max_model_len")
 
 
 def test_reasons_are_counted_by_speech() -> None:

@@ -15,10 +15,11 @@ _REMEDIES = {  # by what is said of a speech
     "fewer than two answers have a score": "raise max_model_len of the engines that sample and score",
     "all answers tie": "raise online.sampling.temperature",
     "what could be chosen was cut off at online.sampling.max_tokens": "raise online.sampling.max_tokens",
+    "what could be chosen was cut off at inference.engine.max_model_len": "raise inference.engine.max_model_len",
     "what could be chosen is under online.safety_floor": "lower online.safety_floor",
     "no gap reaches online.min_gap": "lower online.min_gap",
 }
-_NO_SCORE, _TIE, _CUT_OFF, _UNSAFE, _NARROW = _REMEDIES
+_NO_SCORE, _TIE, _CUT_OFF, _NO_ROOM, _UNSAFE, _NARROW = _REMEDIES
 
 
 def why_no_pair(samples: Sequence[Row], online: OnlineConfig) -> str:
@@ -32,10 +33,17 @@ def why_no_pair(samples: Sequence[Row], online: OnlineConfig) -> str:
     return f"of {len(by_speech)} speeches, {reasons}; {', '.join(_REMEDIES[reason] for reason in found)}"
 
 
+def _cut_off(row: Row, online: OnlineConfig) -> set[str]:
+    """An answer may be no longer than what its prompt leaves of the engine's length, whatever was asked for."""
+    if not row["truncated"]:
+        return set()
+    return {_CUT_OFF if row["output_tokens"] >= online.sampling.max_tokens else _NO_ROOM}
+
+
 def _reasons(rows: Sequence[Row], online: OnlineConfig) -> set[str]:
     """What would all have to change for a pair of this speech: of the pair that lacks least, the widest of those."""
     under = unsafe(rows, online)
-    never = [{_CUT_OFF} if row["truncated"] else set() for row in rows]
+    never = [_cut_off(row, online) for row in rows]
     for place in under:
         never[place].add(_UNSAFE)
     known = [place for place, row in enumerate(rows) if row["value"] is not None]
