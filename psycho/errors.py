@@ -22,7 +22,8 @@ class StageFailed(Exception):
 
 
 class WaitTimedOut(StageFailed):
-    """A bounded wait ran out; the message names what was waited for and for how long."""
+    """A bounded wait ran out; the message names what was waited for, for how long, and the setting that bounds it."""
 
-    def __init__(self, what: str, seconds: float) -> None:
-        super().__init__(f"waited {seconds:.0f} s for {what} and gave up")
+    def __init__(self, what: str, seconds: float, setting: str = "") -> None:
+        advice = f"; raise {setting} if that takes longer here" if setting else ""
+        super().__init__(f"waited {seconds:.0f} s for {what} and gave up{advice}")

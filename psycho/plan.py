@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from psycho import storage
+from psycho.checks import cannot_split, engines
 from psycho.config import Config, InferenceConfig, JudgeConfig, LoopConfig, ModelConfig, SamplingConfig
 from psycho.errors import BadInput
 from psycho.inference.requests import shares
-from psycho.memory import Load, engine_load, fits, judges, parameters_b, phase_gib, training_load
+from psycho.memory import Load, engine_load, fits, parameters_b, phase_gib, training_load
 from psycho.models import resolve
 from psycho.preferences.published import source_files
 from psycho.run import Run
@@ -404,10 +405,7 @@ def _warnings(config: Config, speeches: str, stages: Sequence[StagePlan]) -> Ite
     loads = {load.model: load for stage in stages for phase in stage.phases for load in phase}
     if unknown := [model for model, load in loads.items() if load.gib is None or load.host_gib is None]:
         yield f"size unknown of {', '.join(unknown)}: give parameters_b"
-    engines = [(m.name, m.engine, m.gpus_per_worker) for m in config.generation.pool if not m.remote]
-    engines += [(judge.model, judge.engine, judge.gpus_per_worker) for judge in judges(config)]
-    for name, engine, gpus in [("inference", None, None), *engines]:
-        split = (engine or config.inference.engine).tensor_parallel_size
-        held = config.inference.gpus_per_worker if gpus is None else gpus
-        if split > max(1, held):
-            yield f"{name}: tensor_parallel_size is {split} but gpus_per_worker is {held:g}; give it {split}"
+    for placed in engines(config):
+        if placed.lacks_gpus and not cannot_split(config, placed):
+            split = placed.split
+            yield f"tensor_parallel_size is {split} but {placed.setting} is {placed.gpus:g}; give it {split}"

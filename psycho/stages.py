@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from psycho import storage
+from psycho.checks import check_together
 from psycho.config import ENGINE_ROUNDING, TRAINING_ROUNDING, Config, JudgeConfig
 from psycho.errors import BadInput
 from psycho.inference.endpoint import api_key
@@ -219,9 +220,11 @@ def check_config(config: Config) -> None:
     """Look for what would fail later, before anything is started.
 
     Raises:
-        BadInput: a setting that the loop needs is empty, or a model's folder is not whole.
+        BadInput: a setting that the loop needs is empty, settings contradict each other, or a model's folder is not
+            whole.
     """
     check_placement(config)
+    check_together(config)
     imported = starts_from_pairs(config)
     for setting, model in named_models(config).items():
         if imported and (setting.startswith("generation.pool") or (setting == "judge.model" and not _judges(config))):

@@ -15,8 +15,18 @@ from psycho import interrupt
 from psycho.errors import WaitTimedOut
 
 
-def wait_for(work: Callable[[], Any], progress: Callable[[], int], what: str, start_s: float, step_s: float) -> Any:
+def wait_for(
+    work: Callable[[], Any],
+    progress: Callable[[], int],
+    what: str,
+    start_s: float,
+    step_s: float,
+    settings: tuple[str, str] = ("", ""),
+) -> Any:
     """Run `work` in a thread and give up when `progress` stands still for too long.
+
+    Args:
+        settings: those that the two limits come from, for the error.
 
     Raises:
         WaitTimedOut: nothing came within `start_s` seconds, or nothing new within `step_s`.
@@ -33,15 +43,15 @@ def wait_for(work: Callable[[], Any], progress: Callable[[], int], what: str, st
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     last, since = progress(), time.monotonic()
-    limit = start_s
+    limit, setting = start_s, settings[0]
     while thread.is_alive():
         thread.join(timeout=1.0)
         interrupt.check()
         current = progress()
         if current != last:
-            last, since, limit = current, time.monotonic(), step_s
+            last, since, limit, setting = current, time.monotonic(), step_s, settings[1]
         elif time.monotonic() - since > limit:
-            raise WaitTimedOut(what, limit)
+            raise WaitTimedOut(what, limit, setting)
     if failure:
         raise failure[0]
     return result[0]

@@ -6,8 +6,10 @@ python -m ray_jobs.train_online --config configs/nano.yaml --set online.rounds=2
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from psycho import storage
+from psycho.errors import BadInput
 from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.preferences.build import split_of
@@ -45,11 +47,7 @@ def train_online(job: Job) -> None:
 
             reward = with_heads(reward, storage.join(partial, "reward-with-heads"))
         judge = resolve(config, config.judge.model) if online.judged else ""
-        found = storage.read_table(job.run.path("speeches")).to_pylist()
-        train, dev = (
-            [speech for speech in found if split_of(speech, config.pairs, config.seed) == name]
-            for name in ("train", "dev")
-        )
+        train, dev = sides(job)
         gold = held_out_model(config, dev)
         sampled = min(online.speeches_per_round, len(train)) * online.samples_per_speech
         touched = 1 + bool(reward) + bool(judge)
@@ -70,6 +68,25 @@ def train_online(job: Job) -> None:
         return result
 
     job.stage("train_online", body)
+
+
+def sides(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Train and dev speeches.
+
+    Raises:
+        BadInput: there is no train speech to sample answers to.
+    """
+    config = job.config
+    found = storage.read_table(job.run.path("speeches")).to_pylist()
+    train, dev = (
+        [speech for speech in found if split_of(speech, config.pairs, config.seed) == name] for name in ("train", "dev")
+    )
+    if not train:
+        raise BadInput(
+            f"online training samples answers to train speeches, and beside the {len(dev):,} of its dev split the run "
+            "has none; lower pairs.dev_share or give more speeches"
+        )
+    return train, dev
 
 
 def _result(output: str) -> StageResult:

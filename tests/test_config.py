@@ -31,6 +31,9 @@ PROMISED = (  # docs/DESIGN.md: settings that other tools set by name
 )
 
 
+GOLD: dict[str, Any] = {"online": {"gold_every": 2}, "pairs": {"dev_share": 0.1}}
+
+
 def sentence(tree: dict[str, Any]) -> str:
     with pytest.raises(BadInput) as caught:
         build_config(tree, "some.yaml")
@@ -122,11 +125,44 @@ def pool(count: int) -> list[dict[str, str]]:
         ({"judge": {"fluency_floor": float("nan")}}, ("judge.fluency_floor", "finite")),
         ({"serving": {"port": 70000}}, ("serving.port", "65535")),
         ({"evaluation": {"judge": {"retries": -1}}}, ("evaluation.judge.retries", "-1")),
+        ({"training": {"keep": "best"}}, ("training.keep best", "pairs.dev_share is 0; set it to 0.1")),
+        ({"online": {"scorer": "judge", "min_gap": 4.1}}, ("online: min_gap 4.1 is over 4", "lower it")),
+        (GOLD | {"speeches": {"source": "a.csv"}, "policy": "o/p"}, ("name its model in evaluation.judge.model",)),
+        (
+            GOLD | {"pairs": {"source": "a.csv", "dev_share": 0.1}, "policy": "o/p"},
+            ("online.gold_every needs a judge",),
+        ),
     ],
 )
 def test_impossible_values(tree, parts):
     message = sentence(tree)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"training": {"keep": "best"}, "pairs": {"dev_share": 0.1}},
+        {"online": {"scorer": "judge", "min_gap": 4}},
+        {"online": {"scorer": "judge", "min_gap": 9, "length_penalty": 0.5}},  # which widens gaps
+        {"online": {"scorer": "mixture", "min_gap": 9}},
+        GOLD,
+        GOLD | {"pairs": {"source": "a.csv", "dev_share": 0.1}, "policy": "nano:base"},  # may be of the nano world
+        GOLD | {"speeches": {"source": "a.csv"}, "policy": "o/p", "evaluation": {"judge": {"model": "o/j"}}},
+    ],
+)
+def test_near_to_impossible(tree):
+    build_config(tree, "x")
+
+
+def test_strategy_all_has_no_limit_of_its_own():
+    def limit(**online):
+        config = build_config({"online": online}, "x")
+        assert build_config(yaml.safe_load(to_yaml(config)), "x") == config
+        return config.online.max_pairs_per_speech
+
+    assert limit(strategy="all") is None and limit(strategy="all", max_pairs_per_speech=1) == 1
+    assert limit() == 1 and limit(strategy="top_margin") == 1
 
 
 def test_as_many_models_as_the_pool_holds_is_possible():

@@ -59,6 +59,11 @@ def options(tmp_path: Path) -> Options:
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here"),
         (StageFailed("judge: counts do not balance"), 1, "failed: StageFailed: judge: counts do not balance"),
         (WaitTimedOut("a worker", 7.0), 1, "failed: WaitTimedOut: waited 7 s for a worker and gave up"),
+        (
+            WaitTimedOut("a worker", 7.0, "a.limit_s"),
+            1,
+            "failed: WaitTimedOut: waited 7 s for a worker and gave up; raise",
+        ),
         (system_error(errno.ENOSPC, "/x/a"), 2, "error: the disk is full while writing /x/a; free some space"),
         (system_error(errno.EADDRINUSE), 2, "error: the port is in use; choose another"),
         (chained(BadInput("give a file"), "cause"), 2, "error: give a file"),

@@ -369,7 +369,8 @@ def test_warnings():
     assert warnings().count("|") == 0 and "not there yet" in warnings()
     assert "labels the pairs and judges" in warnings("evaluation.judge=null")
     assert "train_dpo needs" in warnings("training.zero_stage=0")
-    assert "gpus_per_worker is 1; give it 4" in warnings("judge.gpus_per_worker=1")
+    assert "the run would stop at once: tensor_parallel_size 4" in warnings("judge.gpus_per_worker=1")
+    assert "tensor_parallel_size is 4 but judge.gpus_per_worker is 0; give it 4" in warnings("judge.gpus_per_worker=0")
     assert "the run would stop at once: evaluation.baseline is empty" in warnings("evaluation.baseline=''")
 
 

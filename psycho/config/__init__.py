@@ -36,10 +36,11 @@ from psycho.config.training import (
     SFTConfig,
     TrainingConfig,
 )
-from psycho.config.whole import ClusterConfig, Config, EvaluationConfig, NanoConfig, ServingConfig
+from psycho.config.whole import NO_HELD_OUT, ClusterConfig, Config, EvaluationConfig, NanoConfig, ServingConfig
 
 __all__ = [
     "ENGINE_ROUNDING",
+    "NO_HELD_OUT",
     "TRAINING_ROUNDING",
     "ClusterConfig",
     "Config",

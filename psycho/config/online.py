@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from psycho.config.inference import EngineConfig, SamplingConfig
 from psycho.config.training import PreferenceConfig
-from psycho.principles import STEMS
+from psycho.principles import MAX_RATING, MIN_RATING, STEMS
 
 
 class OnlineConfig(PreferenceConfig):
@@ -30,7 +30,9 @@ class OnlineConfig(PreferenceConfig):
         "best_worst", description="best_worst: also the second best against the second worst, and so on; else as pairs"
     )
     min_gap: float = Field(0.0, ge=0, description="in the scorer's units; a tie never pairs")
-    max_pairs_per_speech: int | None = Field(1, ge=1, description="none: all that the strategy makes")
+    max_pairs_per_speech: int | None = Field(
+        1, ge=1, description="none: all that the strategy makes, as under strategy all where this is not given"
+    )
     length_penalty: float = Field(0.0, ge=0, description="off the score for each 100 characters over length_free_chars")
     length_free_chars: int = Field(0, ge=0)
     safety_floor: int | None = Field(
@@ -84,6 +86,24 @@ class OnlineConfig(PreferenceConfig):
     )
     kl_samples: int = Field(16, ge=0, description="samples of a round by which the KL to the first policy is estimated")
     round_timeout_s: float = Field(7200, gt=0, description="for sampling and scoring a round")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_pair(cls, given: Any) -> Any:
+        """Strategy all with the limit that is there for the others would make the one widest pair."""
+        if isinstance(given, dict) and given.get("strategy") == "all":
+            return {"max_pairs_per_speech": None} | given
+        return given
+
+    @model_validator(mode="after")
+    def _gap(self) -> OnlineConfig:
+        widest = MAX_RATING - MIN_RATING
+        if self.scorer == "judge" and not self.length_penalty and self.min_gap > widest:
+            raise ValueError(
+                f"min_gap {self.min_gap:g} is over {widest}, the widest gap of the ratings that scorer judge goes by, "
+                "so that there would be no pair; lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads(self) -> OnlineConfig:

@@ -10,6 +10,11 @@ from psycho.config.online import OnlineConfig
 from psycho.config.section import Section
 from psycho.config.training import TrainingConfig
 
+NO_HELD_OUT = (
+    "online.gold_every needs a judge that is not the scorer; name its model in evaluation.judge.model, or unset "
+    "online.gold_every"
+)
+
 
 class EvaluationConfig(Section):
     """Reward-model audit and win rate against a baseline."""
@@ -73,6 +78,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _dev(self) -> Config:
+        if self.training.keep == "best" and not self.pairs.dev_share:
+            raise ValueError(
+                "training.keep best chooses by dev pairs, and pairs.dev_share is 0; set it to 0.1, say, or "
+                "training.keep to last"
+            )
         if self.online.patience is not None and not self.pairs.dev_share:
             raise ValueError("online.patience watches a dev score, and pairs.dev_share is 0; set it to 0.1, say")
         lora = self.training.lora
@@ -91,9 +101,16 @@ class Config(Section):
                 f"gets none; set it to 0.1, say, or leave online.{setting} out"
             )
         held_out = self.evaluation.judge
+        if self.online.gold_every and not held_out and not self.may_know_truth:
+            raise ValueError(NO_HELD_OUT)
         if self.online.gold_every and self.online.judged and held_out and held_out.model == self.judge.model:
             raise ValueError(
                 "online.gold_every asks a judge that is not the scorer, and evaluation.judge is judge.model itself; "
                 "name another model in evaluation.judge"
             )
         return self
+
+    @property
+    def may_know_truth(self) -> bool:
+        """True where speeches may be of the nano world, whose truth is known: it makes them, or its models train."""
+        return (self.speeches.source == "nano" and not self.pairs.source) or self.policy.startswith("nano:")

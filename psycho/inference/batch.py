@@ -213,6 +213,7 @@ def _serve(
         what=f"a batch of {stage.__name__}",
         start_s=config.start_timeout_s,
         step_s=config.batch_timeout_s,
+        settings=("inference.start_timeout_s", "inference.batch_timeout_s"),
     )
 
 

@@ -27,6 +27,7 @@ class Calls:
         limit_s: float,
         at_once: int,
         done: Callable[[int, list[Any], int], None],
+        setting: str = "",
     ) -> None:
         """
         Args:
@@ -34,8 +35,9 @@ class Calls:
             limit_s: the longest wait for any answer.
             at_once: calls that a worker may have.
             done: told the place, the answers and the output tokens of each chunk as soon as they are there.
+            setting: what the limit comes from, for errors.
         """
-        self._what, self._limit_s, self._done = what, limit_s, done
+        self._what, self._limit_s, self._done, self._setting = what, limit_s, done, setting
         self._room = deque([*actors] * at_once)  # a worker is in it as often as it can take another call
         self._waiting: deque[tuple[int, Send, tuple[Any, ...]]] = deque()
         self._running: dict[Any, tuple[Any, int]] = {}
@@ -61,7 +63,7 @@ class Calls:
         """
         while self._running:
             if not self._take(self._limit_s):
-                raise WaitTimedOut(f"a vLLM worker that is {self._what}", self._limit_s)
+                raise WaitTimedOut(f"a vLLM worker that is {self._what}", self._limit_s, self._setting)
             self._hand_out()
         return dict(sorted(self._answers.items()))
 

@@ -28,6 +28,7 @@ from psycho.judging.rubric import Rating
 from psycho.progress import Reporter
 
 _OF_A_TRANSFER = ("transfer", "holds")  # calls that a trainer makes in the middle of it
+_LIMIT = "inference.batch_timeout_s"
 T = TypeVar("T")
 Counted = tuple[list[T], int]
 """Answers, and the output tokens that they took, tries that failed included."""
@@ -310,7 +311,7 @@ class WorkerPool:
         try:
             return ray.get([send(actor) for actor in actors or self._actors], timeout=self._limit_s)
         except ray.exceptions.GetTimeoutError:
-            raise WaitTimedOut(f"a vLLM worker that is {what}", self._limit_s) from None
+            raise WaitTimedOut(f"a vLLM worker that is {what}", self._limit_s, _LIMIT) from None
         except ray.exceptions.RayActorError as error:
             raise StageFailed(f"a vLLM worker died while {what}; give the same command again") from error
 
@@ -343,7 +344,7 @@ class WorkerPool:
             if also:
                 also(start, answers)
 
-        return Calls(self._actors, what, self._limit_s, at_once, done)
+        return Calls(self._actors, what, self._limit_s, at_once, done, _LIMIT)
 
     @property
     def _limit_s(self) -> float:

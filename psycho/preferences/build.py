@@ -123,6 +123,8 @@ def _finished(
             most = found.counts["left_out"].most_common(1)
             why = f" (most often: {most[0][0]})" if most else ""
             setting = "pairs.min_gap" if name == "train" else "pairs.min_test_gap"
+            if name == "train" and all(split_of(speech, config, seed) != "train" for speech in speeches.values()):
+                setting = "pairs.dev_share"
             raise BadInput(
                 f"no {name} pair was made of {len(speeches):,} client speeches{why}; lower {setting}, or give more "
                 "speeches or more different models"

@@ -29,6 +29,7 @@ from psycho.serving.guard import digest
 APP = "psycho"
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 _POLL_S = 0.2
+_LIMIT = "serving.start_timeout_s"
 _SPARE = 8  # places of a replica beside the requests themselves, so that health is asked even when it is full
 
 
@@ -156,7 +157,7 @@ def _wait_until_running(deadline: float, seconds: float) -> None:
         if time.monotonic() > deadline:
             deployments = status.deployments if status else {}
             waiting = sorted(name for name, one in deployments.items() if one.status != "HEALTHY")
-            raise WaitTimedOut(f"{', '.join(waiting) or 'Ray Serve'} to start", seconds)
+            raise WaitTimedOut(f"{', '.join(waiting) or 'Ray Serve'} to start", seconds, _LIMIT)
         time.sleep(_POLL_S)
 
 
@@ -176,7 +177,7 @@ def _wait_until_healthy(url: str, deadline: float, seconds: float) -> None:
         except httpx.TransportError:
             pass  # not listening yet
         if time.monotonic() > deadline:
-            raise WaitTimedOut(f"{url}/health to be good", seconds)
+            raise WaitTimedOut(f"{url}/health to be good", seconds, _LIMIT)
         time.sleep(_POLL_S)
 
 

@@ -40,5 +40,5 @@ def _result(reference: Any, timeout_s: float) -> Cleaned:
     try:
         cleaned: Cleaned = ray.get(reference, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
-        raise WaitTimedOut("a batch of speeches to be cleaned", timeout_s) from None
+        raise WaitTimedOut("a batch of speeches to be cleaned", timeout_s, "speeches.batch_timeout_s") from None
     return cleaned

@@ -103,14 +103,17 @@ def dev_rows(job: Job, rows_of: Callable[[Config, pa.Table], list[dict[str, Any]
     """The dev pairs to choose the best weights by; none where the last are kept.
 
     Raises:
-        BadInput: `training.keep` is best and the run keeps no dev pairs.
+        BadInput: `training.keep` is best and no dev pair was made.
     """
     if job.config.training.keep == "last":
         return []
     folder = job.run.path("preferences", "dev")
     found = rows_of(job.config, storage.read_table(folder)) if any(storage.parquet_files(folder)) else []
     if not found:
-        raise BadInput("training.keep is best and there is no dev pair to choose by; set pairs.dev_share or keep=last")
+        raise BadInput(
+            "training.keep is best and there is no dev pair to choose by; raise pairs.dev_share or set "
+            "training.keep=last"
+        )
     return found
 
 

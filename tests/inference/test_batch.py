@@ -183,8 +183,8 @@ def test_a_worker_that_fits_no_node_is_refused(run: Run) -> None:
 def test_a_wait_without_an_end_is_given_up() -> None:
     """It says what was waited for, and for how long."""
     never = threading.Event()
-    with pytest.raises(WaitTimedOut, match="waited 0 s for a batch of Echo"):
-        wait_for(never.wait, lambda: 0, "a batch of Echo", start_s=0.01, step_s=100)
+    with pytest.raises(WaitTimedOut, match=r"waited 0 s for a batch of Echo and gave up; raise a.start_s if that"):
+        wait_for(never.wait, lambda: 0, "a batch of Echo", start_s=0.01, step_s=100, settings=("a.start_s", "a.step_s"))
     never.set()
 
 
@@ -192,8 +192,9 @@ def test_a_wait_that_stands_still_after_a_start_is_given_up() -> None:
     """Once something came, the shorter limit holds."""
     never = threading.Event()
     counts = iter([0, 1])
-    with pytest.raises(WaitTimedOut, match="waited 0 s for a batch of Echo"):
-        wait_for(never.wait, lambda: next(counts, 1), "a batch of Echo", start_s=10_000, step_s=0.01)
+    settings = ("a.start_s", "a.step_s")
+    with pytest.raises(WaitTimedOut, match=r"waited 0 s for a batch of Echo and gave up; raise a.step_s if that"):
+        wait_for(never.wait, lambda: next(counts, 1), "a batch of Echo", start_s=10_000, step_s=0.01, settings=settings)
     never.set()
 
 

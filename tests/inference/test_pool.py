@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -164,6 +165,27 @@ def test_an_answer_that_does_not_come_ends_the_wait(local_ray: None) -> None:
     with pytest.raises(WaitTimedOut, match="a vLLM worker that is sampling"):
         calls.finish()
     ray.kill(actor)
+
+
+def test_a_pool_that_gives_up_names_what_bounds_its_wait(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __init__(self, spec: Any) -> None:
+            pass
+
+        def use(self, *arguments: Any) -> None:
+            time.sleep(60)
+
+        sample = use
+
+    monkeypatch.setattr(pooling, "_PoolWorker", Slow)
+    config = InferenceConfig(
+        workers=1, cpus_per_worker=0.5, gpus_per_worker=0, start_timeout_s=0.2, batch_timeout_s=0.2
+    )
+    with WorkerPool(config, 0) as workers:
+        with pytest.raises(WaitTimedOut, match=r"is taking weights and gave up; raise inference.batch_timeout_s"):
+            workers.use("m")
+        with pytest.raises(WaitTimedOut, match=r"is sampling and gave up; raise inference.batch_timeout_s"):
+            workers.sample("m", [[]], [0], SamplingConfig())
 
 
 def test_a_pool_adds_up_the_tokens_of_its_workers(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:

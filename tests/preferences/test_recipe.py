@@ -22,6 +22,7 @@ from psycho.stages import STAGES, check_config, same_judge
 from ray_jobs import pipeline
 from ray_jobs.pair import pair
 from ray_jobs.prepare import prepare
+from ray_jobs.train_online import sides
 from ray_jobs.train_sft import best_responses, chosen_of_pairs
 
 NANO = Path(__file__).parents[2] / "configs" / "nano.yaml"
@@ -188,3 +189,13 @@ def test_the_plan_of_a_run_on_published_pairs(tmp_path: Path) -> None:
 def test_a_test_source_without_a_source_is_refused() -> None:
     with pytest.raises(BadInput, match="test_source is set but source is not"):
         load_config(NANO, ("pairs.test_source=x.parquet",))
+
+
+def test_a_dev_share_that_leaves_no_train_speech_is_said_before_engines_start(tmp_path):
+    made = job(tmp_path / "run")
+    rated_run(made)
+    train, dev = sides(made)
+    assert (len(train), len(dev)) == (30, 0)
+    made = job(tmp_path / "run", "pairs.dev_share=0.999999999")
+    with pytest.raises(BadInput, match=r"beside the 30 of its dev split the run has none; lower pairs\.dev_share"):
+        sides(made)

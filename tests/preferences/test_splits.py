@@ -109,6 +109,8 @@ def test_no_pair_at_all_is_one_sentence():
     speeches, responses = world()
     with pytest.raises(BadInput, match=r"no train pair .* 46 client speeches \(most often: tie\); lower "):
         build_pairs(speeches, {s: rated(speeches[s], 3, 3) for s in responses}, PairsConfig(), 0)
+    with pytest.raises(BadInput, match=r"no train pair was made of 46 client speeches; lower pairs\.dev_share"):
+        build_pairs(speeches, responses, PairsConfig(dev_share=1 - 1e-9), 0)
 
 
 @st.composite

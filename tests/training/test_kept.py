@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from psycho import storage
-from psycho.config import Config, DPOConfig, LoopConfig, RewardConfig, TrainingConfig
+from psycho.config import Config, DPOConfig, LoopConfig, PairsConfig, RewardConfig, TrainingConfig
 from psycho.errors import BadInput
 from psycho.inference.models import local_model
 from psycho.training import stage
@@ -110,9 +110,9 @@ def test_a_training_on_an_object_store_is_that_on_disk(
 
 
 def test_best_without_dev_pairs_is_refused(tmp_path: Path) -> None:
-    config = Config(training=TRAINING.model_copy(update={"keep": "best"}))
+    config = Config(training=TRAINING.model_copy(update={"keep": "best"}), pairs=PairsConfig(dev_share=0.1))
     job: Any = SimpleNamespace(config=config, run=SimpleNamespace(path=lambda *names: str(tmp_path.joinpath(*names))))
-    with pytest.raises(BadInput, match=r"training\.keep is best .* set pairs\.dev_share"):
+    with pytest.raises(BadInput, match=r"training\.keep is best .* raise pairs\.dev_share or set training\.keep=last"):
         stage.dev_rows(job, stage.preference_rows)
 
 

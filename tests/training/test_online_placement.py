@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from psycho.config import Config
+from psycho.config import Config, load_config
 from psycho.errors import BadInput
 from psycho.stages import check_config
 from psycho.training.online.placement import check_placement, engine_of, transport_of
@@ -74,7 +77,12 @@ def test_whole_gpus_talk_over_nccl() -> None:
         ({}, {}, {"engine": {"tensor_parallel_size": 2}}, r"tensor_parallel_size is 2; set it to 1"),
         ({}, {}, {"workers": 2}, r"inference.workers 2 is not training.workers 1"),
         ({}, {"gpus_per_worker": 0.5}, {}, r"0.6, training.gpus_per_worker 0.5 .*\(0.1\) are over 1 together"),
-        ({}, {"workers": 2}, {"workers": 2, "gpus_per_worker": 0.45}, r"put on one GPU; set it above 0.5"),
+        (
+            {},
+            {"workers": 2},
+            {"workers": 2, "gpus_per_worker": 0.45},
+            r"put on one GPU; set inference.gpus_per_worker=0.6, ",
+        ),
         (
             {},
             {"workers": 2, "gpus_per_worker": 0.2},
@@ -92,6 +100,64 @@ def test_what_cannot_be_is_said_before_anything_starts(
     for check in (check_placement, check_config):
         with pytest.raises(BadInput, match=sentence):
             check(config)
+
+
+JUDGES: tuple[dict[str, Any] | None, ...] = (
+    None,
+    {"model": "a"},
+    {"model": "a", "gpus_per_worker": 0.5},
+    {"model": "a", "gpus_per_worker": 4},
+    {"model": "a", "engine": {}},
+)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("share", [0.2, 0.45, 1.0])
+@pytest.mark.parametrize("scorer_workers", [None, 1, 4])
+@pytest.mark.parametrize("scorer", ["reward", "judge", "mixture"])
+def test_who_follows_the_advice_on_shares_is_not_refused_again(
+    scorer: str, scorer_workers: int | None, share: float, workers: int
+) -> None:
+    for judge in JUDGES[1:]:
+        for held_out in JUDGES:
+            tree: dict[str, Any] = {
+                "online": {"placement": "colocate", "scorer": scorer, "scorer_workers": scorer_workers},
+                "training": {"workers": workers, "gpus_per_worker": share},
+                "inference": {"workers": workers, "gpus_per_worker": share},
+                "judge": judge,
+                "evaluation": {"judge": held_out and held_out | {"model": "b"}},
+                "pairs": {"dev_share": 0.1},
+            }
+            tree["online"]["gold_every"] = 2 if held_out else None
+            tree = json.loads(json.dumps(tree))  # sections of its own
+            _follow(tree)
+
+
+def _follow(tree: dict[str, Any]) -> None:
+    try:
+        check_placement(Config.model_validate(tree))
+        return
+    except BadInput as refused:
+        advised = re.findall(r"([\w.]+)=([\d.]+)", str(refused))
+    assert advised
+    for key, number in advised:
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = float(number) if "." in number else int(number)
+    check_placement(Config.model_validate(tree))
+
+
+def test_the_papers_run_can_be_colocated_by_the_advice() -> None:
+    shares = ["training.gpus_per_worker=0.3", "inference.gpus_per_worker=0.6", "online.scorer_gpus_per_worker=0.1"]
+    settings = ["online.placement=colocate", "training.workers=4", *shares]
+    paper = Path(__file__).parents[2] / "configs" / "paper-8b.yaml"
+    with pytest.raises(
+        BadInput, match=r"that score \(0.4\) are over 1 together; set .*online.scorer_workers=1"
+    ) as refused:
+        check_placement(load_config(paper, settings))
+    check_placement(load_config(paper, [*settings, *re.findall(r"[\w.]+=[\d.]+", str(refused.value))]))
 
 
 def test_engines_get_what_their_placement_needs() -> None:

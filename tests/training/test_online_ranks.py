@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from psycho import storage
-from psycho.errors import StageFailed
+from psycho.errors import BadInput, StageFailed
 from psycho.training.groups import Encoded, Group
 from psycho.training.online import ranks
 from psycho.training.packing import Batch, packed
@@ -43,6 +43,12 @@ def _hears(rank: int, folder: str) -> None:
 
         with pytest.raises(StageFailed, match="asking: ValueError: no"):
             ranks.on_first("asking", refuse)
+
+        def wrong() -> None:
+            raise BadInput("lower it")
+
+        with pytest.raises(BadInput, match=r"^lower it$"):
+            ranks.on_first("asking", wrong)
         ranks.meet(60)
     meeting = ranks._meetings[dist.group.WORLD]
     assert dist.get_backend(meeting) == "gloo" and dist.get_world_size(meeting) == 2

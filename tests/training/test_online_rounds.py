@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from psycho import storage
 from psycho.config import Config, LoRAConfig, OnlineConfig, TrainingConfig
-from psycho.errors import StageFailed
+from psycho.errors import BadInput, StageFailed
 from psycho.inference.models import local_model
 from psycho.inference.pool import Begun
 from psycho.inference.worker import Completion
@@ -276,7 +276,7 @@ def test_samples_that_do_not_come_end_the_wait(whole: Tried, tmp_path: Path) -> 
     tried = Tried(tmp_path, whole.policy, round_timeout_s=0.2)
     ended: list[bool] = []
     tried.pool.break_at = lambda name: ended.append(tried.pool.given_up.wait(60)) if name == "sample" else None
-    with pytest.raises(StageFailed, match="waited 0 s for the samples of round 0 and gave up"):
+    with pytest.raises(StageFailed, match=r"the samples of round 1 and gave up; raise online.round_timeout_s"):
         tried()
     assert ended == [True]  # not before the job had given up
 
@@ -490,13 +490,27 @@ def test_a_tensor_that_is_not_the_trainers_stops_the_round(
         save_file(weights, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(Trainer, "save", corrupted)
-    with pytest.raises(StageFailed, match="does not hold the trainer's weights"):
+    with pytest.raises(StageFailed, match=r"does not hold the trainer's weights.*the same command again.* report it$"):
         tried()
     # What is on disk is not what was trained: it is no half to go on from, whoever goes on.
     assert not (tmp_path / "rounds" / "trained-1").exists() and (tmp_path / "rounds" / "sampled-0").exists()
     monkeypatch.setattr(Trainer, "save", save)
     tried()
     assert _same(tried.weights, whole.weights)
+
+
+def test_weights_that_were_sent_and_are_not_the_trainers_have_another_way(
+    whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wire:
+        def send(self, policy: str, before: str) -> None:
+            tried.pool.read = lambda model, rows: [[value + 1 for value in row] for row in read(model, rows)]
+
+    tried = Tried(tmp_path, whole.policy)
+    read = tried.pool.read
+    monkeypatch.setattr("psycho.training.online.rounds.transport", lambda *arguments: Wire())
+    with pytest.raises(StageFailed, match=r"does not hold the trainer's weights.* set online.transport=disk$"):
+        tried()
 
 
 def test_a_policy_that_was_proven_once_stays_where_an_engine_fails_later(
@@ -545,9 +559,24 @@ def test_answers_that_were_drawn_are_not_asked_for_again(
 def test_a_round_without_a_pair_is_not_sampled_again(whole: Tried, tmp_path: Path) -> None:
     tried = Tried(tmp_path, whole.policy, min_gap=100.0)
     for _ in range(2):
-        with pytest.raises(StageFailed, match=r"round 0 made no pair; lower online.min_gap"):
+        with pytest.raises(
+            BadInput, match=r"round 1 made no pair: of 4 speeches, in 4 no gap reaches.*; lower online.min_gap$"
+        ):
             tried()
     assert [name for name, _ in tried.pool.asked].count("sample") == 1
+
+
+def test_pairs_that_are_all_too_long_are_said(whole: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = Tried(tmp_path, whole.policy)
+    sample = tried.pool.sample
+
+    def long(*arguments: Any) -> list[Completion]:
+        completions = sample(*arguments[:-1], None)
+        return in_chunks([replace(done, text=done.text * 40) for done in completions], arguments[-1])
+
+    monkeypatch.setattr(tried.pool, "sample", long)
+    with pytest.raises(BadInput, match=r"every pair of round 1 is over training.max_length 256; raise it"):
+        tried()
 
 
 # Dev score

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
 
 from psycho.config import Config, OnlineConfig
-from psycho.errors import StageFailed
+from psycho.errors import BadInput, StageFailed
 from psycho.training.online import proof, watch
 from psycho.training.online.clock import Clock
 
@@ -138,8 +139,12 @@ def test_a_policy_that_stands_still_proves_nothing() -> None:
 
 def test_weights_that_cannot_be_proven_are_said(nano_tokenizer: Any) -> None:
     speeches = [{"speech_id": "s", "question": "I am tired. " * 40}]
-    with pytest.raises(StageFailed, match=r"fits into 16 tokens.*raise training.max_length"):
+    with pytest.raises(
+        BadInput, match=r"fits into 16 tokens.*raise training.max_length.* over the \d+ that"
+    ) as refused:
         proof.probes(speeches, None, nano_tokenizer, 2, 16)
+    enough = int(re.findall(r"over the (\d+)", str(refused.value))[0]) + 1
+    assert len(proof.probes(speeches, None, nano_tokenizer, 2, enough)) == 1
     assert proof.probes(speeches, None, nano_tokenizer, 0, 16) == []
     assert len(proof.probes(speeches, None, nano_tokenizer, 2, 512)) == 1
 
@@ -147,8 +152,11 @@ def test_weights_that_cannot_be_proven_are_said(nano_tokenizer: Any) -> None:
 def test_the_proof_names_worker_text_and_tolerance() -> None:
     said = [[-1.0, -2.0], [-3.0]]
     assert proof.check(said, [[[-1.0, -2.0001], [-3.0]]], 1e-3) == pytest.approx(1e-4)
-    with pytest.raises(StageFailed, match=r"engine 1 .*probe 0 differs by 0.5 .*sync_tolerance 0.001"):
-        proof.check(said, [said, [[-1.0, -2.5], [-3.0]]], 1e-3)
+    other = [said, [[-1.0, -2.5], [-3.0]]]
+    with pytest.raises(StageFailed, match=r"engine 1 .*probe 0 differs by 0.5 .*sync_tolerance 0.001.*so report it$"):
+        proof.check(said, other, 1e-3)
+    with pytest.raises(StageFailed, match=r"give the same command again.*if it stays so set online.transport=disk$"):
+        proof.check(said, other, 1e-3, sent=True)
     with pytest.raises(StageFailed, match="differs by nan"):
         proof.check(said, [[[-1.0, float("nan")], [-3.0]]], 1e-3)
     with pytest.raises(StageFailed, match="another number of tokens"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from psycho.config import Config
+from psycho.config import NO_HELD_OUT, Config
 from psycho.errors import BadInput
 from psycho.models import resolve
 from psycho.nano.truth import gold_ratings
@@ -35,10 +35,7 @@ def held_out_model(config: Config, dev: Sequence[Mapping[str, str]]) -> str:
     if config.evaluation.judge:
         return resolve(config, config.evaluation.judge.model)
     if gold_ratings([(speech["question"], "") for speech in dev]) is None:
-        raise BadInput(
-            "online.gold_every needs a judge that is not the scorer; name its model in evaluation.judge.model, or "
-            "unset online.gold_every"
-        )
+        raise BadInput(NO_HELD_OUT)
     return ""
 
 

@@ -101,34 +101,61 @@ def _check_turns(config: Config) -> None:
         raise BadInput(
             f"under online.placement colocate two training workers of training.gpus_per_worker "
             f"{training.gpus_per_worker:g} could be put on one GPU beside an engine of inference.gpus_per_worker "
-            f"{inference.gpus_per_worker:g}; raise them, to 0.3 and 0.6, say"
+            f"{inference.gpus_per_worker:g}; {_advice(config)}"
         )
     if inference.gpus_per_worker + training.gpus_per_worker + scorers > 1 + 1e-6:
         raise BadInput(
             "under online.placement colocate a GPU holds an engine, a training worker and what scores, and "
             f"inference.gpus_per_worker {inference.gpus_per_worker:g}, training.gpus_per_worker "
-            f"{training.gpus_per_worker:g} and the workers that score ({scorers:g}) are over 1 together; set 0.6, "
-            "0.3 and online.scorer_gpus_per_worker=0.1, say"
+            f"{training.gpus_per_worker:g} and the workers that score ({scorers:g}) are over 1 together; "
+            f"{_advice(config)}"
         )
     if inference.workers > 1 and inference.gpus_per_worker <= 0.5:
         raise BadInput(
             f"under online.placement colocate two engines of inference.gpus_per_worker {inference.gpus_per_worker:g} "
-            "could be put on one GPU; set it above 0.5"
+            f"could be put on one GPU; {_advice(config)}"
         )
 
 
 def _parts_of_gpus(config: Config) -> float:
     """Of all workers that score and hold less than a GPU each: all of them could be put on one."""
-    online, inference = config.online, config.inference
-    shares = [online.scorer_gpus_per_worker] if online.rewarded else []
-    judges = [config.judge if online.judged else None, config.evaluation.judge if online.gold_every else None]
-    shares += [
-        judge.gpus_per_worker
-        for judge in judges  # one without anything of its own may take turns with the policy in its engines
-        if judge and (judge.engine is not None or judge.gpus_per_worker is not None or online.scorer_workers)
-    ]
-    each = [inference.gpus_per_worker if share is None else share for share in shares]
-    return sum(share for share in each if share < 1) * (online.scorer_workers or inference.workers)
+    own, inference = config.online.scorer_workers, config.inference
+    shares = _shares(config, own, inference.gpus_per_worker).values()
+    return sum(share for share in shares if share < 1) * (own or inference.workers)
+
+
+def _shares(config: Config, scorer_workers: int | None, sampling: float) -> dict[str, float]:
+    """What a worker of each kind that scores holds of a GPU, by its setting; where that is unset `sampling`."""
+    online = config.online
+    shares = {"online.scorer_gpus_per_worker": online.scorer_gpus_per_worker} if online.rewarded else {}
+    judges = {"judge": config.judge if online.judged else None}
+    judges |= {"evaluation.judge": config.evaluation.judge if online.gold_every else None}
+    for name, judge in judges.items():  # one without anything of its own may take turns with the policy in its engines
+        if judge and (judge.engine is not None or judge.gpus_per_worker is not None or scorer_workers):
+            shares[f"{name}.gpus_per_worker"] = judge.gpus_per_worker
+    return {name: sampling if share is None else share for name, share in shares.items()}
+
+
+def _advice(config: Config) -> str:
+    """Settings that go together, of which some may be as they are.
+
+    What scores gets what the two leave of one GPU, or keeps GPUs of its own. A judge is asked in other stages too, with
+    as many workers as generate: there several with a small share would meet on one GPU, so it gets a whole one.
+    """
+    sampling = 0.6
+    settings = {"inference.gpus_per_worker": sampling, "training.gpus_per_worker": 0.3}
+    several = config.inference.workers > 1
+    scorer_workers = config.online.scorer_workers
+    if any(share < 1 for share in _shares(config, scorer_workers, sampling).values()) and (several or scorer_workers):
+        settings["online.scorer_workers"] = scorer_workers = 1
+    shares = _shares(config, scorer_workers, sampling)
+    parts = [name for name, share in shares.items() if share < 1 and not (several and "judge" in name)]
+    for name in shares:
+        if name in parts:
+            settings[name] = int(10 / len(parts)) / 100
+        elif shares[name] < 1:
+            settings[name] = 1
+    return f"set {', '.join(f'{name}={value:g}' for name, value in settings.items())}, say"
 
 
 def engine_of(config: Config, engine: EngineConfig, policy: bool) -> EngineConfig:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from psycho.errors import StageFailed
+from psycho.errors import BadInput, StageFailed
 from psycho.inference.requests import prompt
 from psycho.training.groups import Encoded, Group, encode_conversation
 
@@ -20,6 +20,7 @@ _ANSWERS = (
     "That sounds hard to carry on your own. What has helped you before?",
     "I hear how tired you are. Would you tell me more about that evening?",
 )
+_OTHER_WAY, _REPORT = "set online.transport=disk", "report it"
 _STILL = 0.25  # of the trainer's change, below which an engine has stood still
 
 
@@ -36,20 +37,23 @@ def probes(
     """Fixed texts: a speech and an answer each, every token of which counts.
 
     Raises:
-        StageFailed: none is short enough.
+        BadInput: none is short enough.
     """
     found: list[Encoded] = []
+    shortest = 0
     for place, speech in enumerate(sorted(speeches, key=lambda row: row["speech_id"])):
         answer = {"role": "assistant", "content": _ANSWERS[place % len(_ANSWERS)]}
         row = encode_conversation(tokenizer, [*prompt(speech, system), answer], other_weight=1.0, last=True)
+        shortest = min(shortest or len(row), len(row))
         if len(row) < max_length:
             found.append(row)
         if len(found) == count:
             break
     if count and not found:
-        raise StageFailed(
+        raise BadInput(
             f"no speech with an answer fits into {max_length} tokens, so that the weights of the engines cannot be "
-            "proven; raise training.max_length and inference.engine.max_model_len, or set online.probes=0"
+            "proven; raise training.max_length and inference.engine.max_model_len over the "
+            f"{shortest} that the shortest takes"
         )
     return found
 
@@ -65,9 +69,15 @@ def trainer_logprobs(trainer: Any, texts: Sequence[Encoded]) -> list[list[float]
 
 
 def check(
-    expected: Sequence[Sequence[float]], found: Sequence[Sequence[list[float] | None]], tolerance: float
+    expected: Sequence[Sequence[float]],
+    found: Sequence[Sequence[list[float] | None]],
+    tolerance: float,
+    sent: bool = False,
 ) -> float:
     """Compare the trainer's log-probabilities with those of each engine; the largest difference of a token.
+
+    Args:
+        sent: the weights came from GPU to GPU, and there is another way: by the folder.
 
     Raises:
         StageFailed: it is over the tolerance.
@@ -82,7 +92,8 @@ def check(
             if not difference <= tolerance:  # also where it is no number
                 raise StageFailed(
                     f"engine {worker} does not hold the trainer's weights: a token of probe {text} differs by "
-                    f"{difference:.2g} in log-probability, over online.sync_tolerance {tolerance:g}"
+                    f"{difference:.2g} in log-probability, over online.sync_tolerance {tolerance:g}; give the same "
+                    f"command again, so that it starts anew, and if it stays so {_OTHER_WAY if sent else _REPORT}"
                 )
             largest = max(largest, difference)
     return largest

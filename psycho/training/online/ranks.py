@@ -11,7 +11,7 @@ import psutil
 import ray
 import torch.distributed as dist
 
-from psycho.errors import StageFailed
+from psycho.errors import BadInput, StageFailed
 
 T = TypeVar("T")
 _meetings: dict[Any, Any] = {}
@@ -47,8 +47,9 @@ def on_first(what: str, call: Callable[[], T]) -> T:
 
     Raises:
         StageFailed: the call raised on rank 0.
+        BadInput: it raised that.
     """
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None, StageFailed]
     if dist.get_rank() == 0:
         try:
             outcome[0] = call()
@@ -56,8 +57,9 @@ def on_first(what: str, call: Callable[[], T]) -> T:
             outcome[1] = str(error)
         except Exception as error:  # every rank must hear of it, or the others would wait for ever
             cause = getattr(error, "cause", None) or error  # what a worker raised, without its traceback
-            outcome[1] = f"{what}: {type(cause).__name__}: {cause}"
+            own = isinstance(cause, BadInput)
+            outcome[1:] = (str(cause), BadInput) if own else (f"{what}: {type(cause).__name__}: {cause}", StageFailed)
     dist.broadcast_object_list(outcome, src=0, group=_meetings.get(dist.group.WORLD))
     if outcome[1]:
-        raise StageFailed(outcome[1])
+        raise outcome[2](outcome[1])
     return outcome[0]

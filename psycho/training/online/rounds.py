@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from psycho import storage
 from psycho.config import Config, TrainingConfig
-from psycho.errors import StageFailed, WaitTimedOut
+from psycho.errors import BadInput, StageFailed, WaitTimedOut
 from psycho.inference.requests import prompt
 from psycho.schema import stable_seed
 from psycho.training import states
@@ -35,6 +35,7 @@ from psycho.training.online.rollout import Rollout, Sampled, Speech
 from psycho.training.online.state import RoundStore, load_optimizer, save_optimizer
 from psycho.training.online.transport import DiskTransport, transport
 from psycho.training.online.turns import Turns
+from psycho.training.online.unpaired import why_no_pair
 
 Row = dict[str, Any]
 # Nats of a token: in fp32 on a CPU; on a GPU, where vLLM's attention takes the TF32 units; in 16 bits.
@@ -117,7 +118,7 @@ class Rounds:
         on_first("writing the model", self._publish)
 
     def _round(self, number: int) -> None:
-        on_first(f"round {number}", lambda: self._draw(number))
+        on_first(f"round {number + 1}", lambda: self._draw(number))
         if dist.get_rank() == 0 and self.online.staleness and number + 1 < self.online.rounds:
             self.ahead = self.threads.submit(self._sampled, number + 1, Clock())
         with self.clock("sync"):
@@ -127,7 +128,7 @@ class Rounds:
         self._save(number + 1, report)
         if self.online.staleness:
             with self.clock("waiting"):
-                on_first(f"round {number + 1}", lambda: self._join(number + 1))
+                on_first(f"round {number + 2}", lambda: self._join(number + 1))
         with self.clock("sync"):
             self._send(number + 1)
         facts = self._settle(number + 1) | self.turns.facts()
@@ -205,10 +206,11 @@ class Rounds:
         # Read by one for all: what it wrote a moment ago, others may not see yet on a file system over the network.
         pairs = on_first("reading pairs", lambda: read_rows(self.store.pairs(number)))
         if not pairs:
-            raise StageFailed(f"round {number} made no pair; lower online.min_gap")
+            raise BadInput(on_first("reading samples", lambda: self._no_pair(number)))
         groups, too_long = trainer.groups(pairs)
         if not groups:
-            raise StageFailed(f"every pair of round {number} is over training.max_length; raise it")
+            limit = job.training.max_length
+            raise BadInput(f"every pair of round {number + 1} is over training.max_length {limit}; raise it")
         if self.fixed:
             self.fixed.store(groups)
 
@@ -222,6 +224,9 @@ class Rounds:
         steps = storage.join(job.work, f"steps-{self.base}" if job.training.lora else "steps")
         history = trainer.fit(groups, self.seed + number, on_step, references=references, checkpoints=steps)
         return {"too_long": len(too_long), "history": [row | {"round": number} for row in history]}
+
+    def _no_pair(self, number: int) -> str:
+        return f"round {number + 1} made no pair: {why_no_pair(self.store.samples(number).to_pylist(), self.online)}"
 
     def _save(self, index: int, report: Row) -> None:
         """The second half of a round; collective."""
@@ -246,7 +251,8 @@ class Rounds:
         waiting, self.ahead = self.ahead, None
         if waiting:
             if not wait([waiting], self.online.round_timeout_s).done:
-                raise WaitTimedOut(f"the samples of round {number}", self.online.round_timeout_s)
+                limit = self.online.round_timeout_s
+                raise WaitTimedOut(f"the samples of round {number + 1}", limit, "online.round_timeout_s")
             waiting.result()
 
     def _settle(self, index: int) -> Row:
@@ -269,7 +275,8 @@ class Rounds:
         tolerance = self.online.sync_tolerance or within
         found = self.job.rollout.engines.rollout.read_by_each(policy, [row.ids for row in self.probes])
         try:
-            error = proof.check(said, found, tolerance)
+            sent = index > self.done and not isinstance(self.transport, DiskTransport)
+            error = proof.check(said, found, tolerance, sent)
             before, self.read = self.read, proof.Read(said, found)
             # Adapters merged into 16 bits may be rounded away, which is no fault of the way there.
             if before and (exact or not self.job.training.lora):

@@ -65,6 +65,11 @@ class RoundStore:
         """The folder of a round's pairs."""
         return self._path(f"sampled-{number}", "pairs")
 
+    def samples(self, number: int) -> pa.Table:
+        """A round's samples, rows of `SAMPLE`."""
+        fs, path = storage.resolve(self._path(f"sampled-{number}", _SAMPLES))
+        return pq.read_table(path, filesystem=fs)
+
     def sampling(self, number: int) -> str:
         """The folder of answers to a round that is not sampled yet."""
         return self._path(f"sampling-{number}")
@@ -125,9 +130,7 @@ class RoundStore:
         """`samples/` and `pairs/`, a Parquet file a sampled round, below `folder`."""
         trained = self.trained()
         for number in range(trained + self.has_sampled(trained)):
-            fs, path = storage.resolve(self._path(f"sampled-{number}", _SAMPLES))
-            samples = pq.read_table(path, filesystem=fs)
-            for name, table in (("samples", samples), ("pairs", storage.read_table(self.pairs(number)))):
+            for name, table in (("samples", self.samples(number)), ("pairs", storage.read_table(self.pairs(number)))):
                 storage.write_rows(table, storage.join(folder, name, f"round-{number:03d}.parquet"))
 
     def forget(self, keep: set[int]) -> None:
