@@ -319,7 +319,7 @@ def _training_stages(config: Config, train: int, held: int) -> list[StagePlan]:
 
 def _online_engines(config: Config, reward_start: str) -> tuple[list[Load], list[Load]]:
     """The workers that score in online training and those that only watch, beside those that sample and train."""
-    from psycho.training.online.engines import judge_workers, reward_workers  # by them Ray is imported, not started
+    from psycho.training.online.placement import judge_workers, reward_workers
 
     online, held_out, policy = config.online, config.evaluation.judge, _online_start(config)
 

@@ -57,14 +57,14 @@ def test_dry_run_of_the_paper_prints_every_stage_and_touches_nothing(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_starts_no_ray_and_imports_nothing_heavy(tmp_path):
+def test_dry_run_needs_no_ray_and_no_heavy_import(tmp_path):
     program = f"""
 import sys
 from psycho.job import Options, execute
 code = execute("pipeline", None, Options(config={str(PAPER)!r}, dry_run=True))
-names = ("torch", "vllm", "transformers", "deepspeed")
+names = ("torch", "vllm", "transformers", "deepspeed", "ray")
 heavy = [name for name in names if name in sys.modules]
-started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+started = False
 print(code, heavy, started)
 """
     done = subprocess.run(
@@ -188,7 +188,6 @@ PAPER_3B = ROOT / "configs" / "paper-3b.yaml"
     [
         (["online.gold_every=1"], 5 + 2 + 1 + 4),  # training, samples, the reward model, one worker that watches
         (["online.gold_every=1", "online.scorer_workers=null"], 5 + 2 + 2 + 2 * 4),
-        (["online.gold_every=1", "evaluation.judge=null"], 5 + 2 + 1),  # the truth watches, or the run stops
         (["online.scorer=judge"], 5 + 2 + 4),
         (["online.scorer=mixture", "online.gold_every=1"], 5 + 2 + 1 + 4 + 4),
     ],

@@ -20,6 +20,7 @@ from psycho.errors import BadInput, StageFailed
 from psycho.training.online import engines as module
 from psycho.training.online import proof
 from psycho.training.online.engines import Engines, engines
+from psycho.training.online.placement import reward_workers, takes_turns
 from psycho.training.online.rollout import Rollout
 
 SPEECHES = [{"speech_id": f"s{n}", "question": f"I have not slept for {n} nights. Why?"} for n in range(3)]
@@ -105,17 +106,17 @@ def test_a_worker_that_is_killed_comes_back_with_the_weights_asked_for(
 def test_workers_that_never_fit_together_are_refused(local_ray: None) -> None:
     config = _config(scorer_workers=9)
     with pytest.raises(BadInput, match=r"6 CPU in all, and the cluster has 4; lower inference.workers"):
-        module.check_room(config, [config.inference, module.reward_workers(config)])
+        module.check_room(config, [config.inference, reward_workers(config)])
 
 
 def test_a_judge_shares_the_workers_where_it_can(tiny_llama: Callable[..., str]) -> None:
     policy, judge, reward = tiny_llama(0), tiny_llama(1), tiny_llama(1, reward=True)
     config = _config(scorer="judge")
-    assert module.takes_turns(config, policy, judge)
-    assert not module.takes_turns(config, policy, reward)
-    assert not module.takes_turns(_config(scorer="judge", scorer_workers=1), policy, judge)
+    assert takes_turns(config, policy, judge)
+    assert not takes_turns(config, policy, reward)
+    assert not takes_turns(_config(scorer="judge", scorer_workers=1), policy, judge)
     own = config.model_copy(update={"judge": config.judge.model_copy(update={"engine": config.inference.engine})})
-    assert not module.takes_turns(own, policy, judge)
+    assert not takes_turns(own, policy, judge)
 
 
 @pytest.mark.parametrize(("shares", "colocated"), [(False, False), (True, False), (False, True), (True, True)])

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import ray
 
 from psycho.cluster import AUTOSCALING
-from psycho.config import Config, InferenceConfig, JudgeConfig
+from psycho.config import Config, InferenceConfig
 from psycho.errors import BadInput
-from psycho.inference.models import engine_signature
 from psycho.inference.pool import WorkerPool
-from psycho.training.online.placement import engine_of
+from psycho.training.online.placement import engine_of, judge_workers, reward_workers
 
 
 @dataclass
@@ -105,37 +104,6 @@ def engines(
         gold = (pool(watching) or rollout) if gold_model else None
         colocated = config.online.placement == "colocate"
         yield Engines(rollout, pool(rewards), judge, reward_model, judge_model, gold, gold_model, colocated)
-
-
-def takes_turns(config: Config, policy: str, judge_model: str, judge: JudgeConfig | None = None) -> bool:
-    """True where the judge (none: that of the labels) needs no workers of its own."""
-    judge = judge or config.judge
-    own = judge.engine is not None or judge.gpus_per_worker is not None or config.online.scorer_workers
-    return not own and engine_signature(policy) == engine_signature(judge_model)
-
-
-def reward_workers(config: Config) -> InferenceConfig:
-    """The workers of the reward model."""
-    online = config.online
-    return _workers(config, online.scorer_gpus_per_worker, {"engine": online.scorer_engine or config.inference.engine})
-
-
-def judge_workers(config: Config, judge: JudgeConfig, policy: str, model: str) -> InferenceConfig | None:
-    """The workers of a judge; none where there is no model of it, or where it shares those of the policy."""
-    if not model or takes_turns(config, policy, model, judge):
-        return None
-    return _workers(config, judge.gpus_per_worker, {"engine": judge.engine or config.inference.engine})
-
-
-def _workers(config: Config, gpus: float | None, update: dict[str, object]) -> InferenceConfig:
-    inference = config.inference
-    return inference.model_copy(
-        update={
-            "workers": config.online.scorer_workers or inference.workers,
-            "gpus_per_worker": inference.gpus_per_worker if gpus is None else gpus,
-            **update,
-        }
-    )
 
 
 def check_room(config: Config, pools: list[InferenceConfig]) -> None:

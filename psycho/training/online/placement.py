@@ -1,4 +1,4 @@
-"""Where the engines and the training of online DPO lie, and the way that new weights go between them.
+"""Where the engines and the training of online DPO lie, which workers there are, and the way that new weights go.
 
 `separate`: beside each other; the weights go over NCCL where each side has whole GPUs. `colocate`: on the same GPUs in
 turn; the engines sleep while the policy trains, and take its weights by CUDA IPC. Where neither is to be had (a CPU,
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from psycho.config import Config, EngineConfig
+from psycho.config import Config, EngineConfig, InferenceConfig, JudgeConfig
 from psycho.errors import BadInput
+from psycho.inference.models import engine_signature
 
 
 def transport_of(config: Config) -> str:
@@ -166,3 +167,34 @@ def engine_of(config: Config, engine: EngineConfig, policy: bool) -> EngineConfi
     if policy and transport_of(config) != "disk":
         extra["weight_transfer_config"] = {"backend": transport_of(config)}
     return engine.model_copy(update={"extra": extra | engine.extra}) if extra else engine
+
+
+def takes_turns(config: Config, policy: str, judge_model: str, judge: JudgeConfig | None = None) -> bool:
+    """True where the judge (none: that of the labels) needs no workers of its own."""
+    judge = judge or config.judge
+    own = judge.engine is not None or judge.gpus_per_worker is not None or config.online.scorer_workers
+    return not own and engine_signature(policy) == engine_signature(judge_model)
+
+
+def reward_workers(config: Config) -> InferenceConfig:
+    """The workers of the reward model."""
+    online = config.online
+    return _workers(config, online.scorer_gpus_per_worker, {"engine": online.scorer_engine or config.inference.engine})
+
+
+def judge_workers(config: Config, judge: JudgeConfig, policy: str, model: str) -> InferenceConfig | None:
+    """The workers of a judge; none where there is no model of it, or where it shares those of the policy."""
+    if not model or takes_turns(config, policy, model, judge):
+        return None
+    return _workers(config, judge.gpus_per_worker, {"engine": judge.engine or config.inference.engine})
+
+
+def _workers(config: Config, gpus: float | None, update: dict[str, object]) -> InferenceConfig:
+    inference = config.inference
+    return inference.model_copy(
+        update={
+            "workers": config.online.scorer_workers or inference.workers,
+            "gpus_per_worker": inference.gpus_per_worker if gpus is None else gpus,
+            **update,
+        }
+    )
