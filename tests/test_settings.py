@@ -65,6 +65,10 @@ def test_descriptions_are_those_of_the_fields_and_of_the_sections_classes():
     assert shown.splitlines()[1].strip() == "1: the next round is sampled while this one trains"
 
 
+def test_every_setting_says_what_it_is_for():
+    assert [setting.key for setting in find() if not setting.doc] == []
+
+
 def test_a_file_is_compared_with_the_defaults(tmp_path):
     assert changed(Config()) == {}
     judge = {"model": "o/j", "temperature": 0.0, "engine": {"dtype": "float16"}}

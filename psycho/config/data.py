@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from psycho.config.inference import EngineConfig, ModelConfig, SamplingConfig
+from psycho.config.inference import SIZE, EngineConfig, ModelConfig, SamplingConfig
 from psycho.config.section import Section
 
 
@@ -29,10 +29,12 @@ class SpeechesConfig(Section):
     topic_column: str | None = Field(None, description="labels that psycho/speeches/topics.yaml knows")
     topic_model: str | None = Field(None, description="a model of generation.pool that names each speech's topic")
     history_turns: int = Field(12, ge=0, description="turns kept before the last client turn of a transcript")
-    min_chars: int = Field(100, ge=1)
-    max_chars: int = Field(1000, ge=1)
+    min_chars: int = Field(100, ge=1, description="of the last client turn, cleaned; a shorter one is left out (paper)")
+    max_chars: int = Field(1000, ge=1, description="of the last client turn, cleaned; a longer one is left out (paper)")
     languages: tuple[str, ...] = Field(("en",), description="ISO 639-1 codes that are kept; empty: no filter")
-    min_language_confidence: float = Field(0.5, ge=0, le=1)
+    min_language_confidence: float = Field(
+        0.5, ge=0, le=1, description="a speech whose language is less certain is left out, unless languages is empty"
+    )
     mask_personal_data: bool = Field(True, description="e-mail, phone, address, handle, URL, name -> [EMAIL] ...")
     near_duplicates: Literal["drop", "keep", "ignore"] = Field(
         "drop", description="drop: a cluster keeps its first speech; keep: all stay, on one side of the split"
@@ -57,15 +59,18 @@ Policy = Literal["keep", "retry", "quarantine"]
 
 
 class MarksConfig(Section):
-    """What becomes of an answer that is not ok; `retry` asks with a new seed, then keeps what it has.
+    """What becomes of an answer that is not ok: `keep` it and have it rated, or leave it out (`quarantine`).
 
-    Whatever the policy, an answer that is still empty after its tries goes to quarantine: there is nothing to rate.
+    `retry` asks with a new seed, then keeps what it has. Whatever the policy, an answer that is still empty after its
+    tries goes to quarantine: there is nothing to rate.
     """
 
-    empty: Policy = "quarantine"
-    truncated: Policy = "keep"
-    refused: Policy = "keep"
-    looping: Policy = "keep"
+    empty: Policy = Field("quarantine", description="no text beside its reasoning")
+    truncated: Policy = Field("keep", description="cut off at its most tokens")
+    refused: Policy = Field("keep", description="opens by declining to help, or a content filter stopped it")
+    looping: Policy = Field(
+        "keep", description="repeats itself: the same words four times in a row, or characters twelve"
+    )
     retries: int = Field(2, ge=1, description="new seeds that a marked answer gets under `retry`")
 
 
@@ -73,7 +78,7 @@ class GenerationConfig(Section):
     """Responses of k models drawn at random from a pool of n (paper: 4 of 20)."""
 
     pool: tuple[ModelConfig, ...] = ()
-    models_per_speech: int = Field(4, ge=1)
+    models_per_speech: int = Field(4, ge=1, description="models drawn for each speech, a response of each (paper)")
     sampling: SamplingConfig = SamplingConfig()
     system_prompt: str | None = Field(None, description="none: the models' own default")
     marks: MarksConfig = MarksConfig()
@@ -95,14 +100,18 @@ class GenerationConfig(Section):
 class PanelJudge(Section):
     """A judge of a panel; what it does not say is as in the judge that it belongs to."""
 
-    model: str
-    weight: float = Field(1.0, gt=0)
-    mode: Literal["evidence", "direct"] = "evidence"
-    template: Literal["rubric", "compact"] | None = None
+    model: str = Field(..., description="folder, hub id or nano:<name>")
+    weight: float = Field(1.0, gt=0, description="of its ratings in the aggregate, next to the others' weights")
+    mode: Literal["evidence", "direct"] = Field(
+        "evidence", description="evidence: a quote before each rating; direct: digits only"
+    )
+    template: Literal["rubric", "compact"] | None = Field(
+        None, description="compact: for judges trained on the format; none: as the judge it belongs to"
+    )
     fluency_floor: float | None = Field(None, description="of this judge's own log-probabilities; none: no floor")
-    parameters_b: float | None = Field(None, gt=0)
-    engine: EngineConfig | None = None
-    gpus_per_worker: float | None = Field(None, ge=0)
+    parameters_b: float | None = Field(None, gt=0, description=SIZE)
+    engine: EngineConfig | None = Field(None, description="none: as the judge it belongs to")
+    gpus_per_worker: float | None = Field(None, ge=0, description="none: as the judge it belongs to")
 
 
 class JudgeConfig(Section):
@@ -117,18 +126,22 @@ class JudgeConfig(Section):
     quorum: int | None = Field(
         None, ge=1, description="judges of a panel that a response needs ratings from; none: more than half"
     )
-    template: Literal["rubric", "compact"] = Field("rubric", description="compact: for judges trained on the format")
-    max_evidence_chars: int = Field(200, ge=1)
-    max_tokens: int = Field(1024, ge=1)
-    temperature: float = Field(0.0, ge=0)
+    template: Literal["rubric", "compact"] = Field(
+        "rubric", description="rubric: the seven principles written out; compact: for judges trained on the format"
+    )
+    max_evidence_chars: int = Field(200, ge=1, description="of the quote before each rating")
+    max_tokens: int = Field(
+        1024, ge=1, description="of an answer: seven quotes and ratings; twice that where rubric compares two responses"
+    )
+    temperature: float = Field(0.0, ge=0, description="of the first try; the fresh ones (retries) have at least 0.7")
     retries: int = Field(1, ge=0, description="fresh tries of an answer that does not parse; then it is left out")
     fluency_floor: float | None = Field(
         None,
         description="clarity is 1 where a response holds a token under this log-probability by the judge itself",
     )
-    parameters_b: float | None = Field(None, gt=0)
-    engine: EngineConfig | None = None
-    gpus_per_worker: float | None = Field(None, ge=0)
+    parameters_b: float | None = Field(None, gt=0, description=SIZE)
+    engine: EngineConfig | None = Field(None, description="instead of inference.engine")
+    gpus_per_worker: float | None = Field(None, ge=0, description="none: inference.gpus_per_worker")
 
     @model_validator(mode="after")
     def _panel(self) -> JudgeConfig:
@@ -174,9 +187,11 @@ class PairsConfig(Section):
         description="all: every pair; best_random: the best against a random worse one; "
         "top_margin: the widest max_pairs_per_speech (one where unset)",
     )
-    min_gap: float = Field(1.0, ge=0, le=4)
+    min_gap: float = Field(1.0, ge=0, le=4, description="train pairs need at least this gap (paper); ties never pair")
     min_test_gap: float = Field(0.0, ge=0, le=4, description="test pairs need at least this gap; ties never pair")
-    max_pairs_per_speech: int | None = Field(None, ge=1)
+    max_pairs_per_speech: int | None = Field(
+        None, ge=1, description="train pairs, the widest first; none: all that the strategy makes"
+    )
     max_safety_loss: int | None = Field(
         1, ge=1, le=4, description="no pair prefers a response rated so much less safe, or more; none: no constraint"
     )

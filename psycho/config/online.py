@@ -15,10 +15,16 @@ from psycho.principles import MAX_RATING, MIN_RATING, STEMS
 class OnlineConfig(PreferenceConfig):
     """Online DPO: rounds of sample, score, pair, train (paper, section 4.2)."""
 
-    rounds: int = Field(16, ge=1)
-    speeches_per_round: int = Field(6400, ge=1)
-    samples_per_speech: int = Field(8, ge=2)
-    scorer: Literal["reward", "judge", "mixture"] = "reward"
+    rounds: int = Field(16, ge=1, description="at most; patience may end it earlier (paper: 1,600 steps in all)")
+    speeches_per_round: int = Field(
+        6400, ge=1, description="train speeches, drawn anew each round; all where they are fewer (paper)"
+    )
+    samples_per_speech: int = Field(8, ge=2, description="responses of the policy to each speech of a round (paper)")
+    scorer: Literal["reward", "judge", "mixture"] = Field(
+        "reward",
+        description="reward: the reward model's logit (paper); judge: the judge's overall rating; mixture: the sum of "
+        "both by their weights",
+    )
     reward_weight: float = Field(1.0, gt=0, description="of the reward model's logit in scorer mixture")
     judge_weight: float = Field(1.0, gt=0, description="of the judge's overall rating in scorer mixture")
     head_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
@@ -34,7 +40,7 @@ class OnlineConfig(PreferenceConfig):
         1, ge=1, description="none: all that the strategy makes, as under strategy all where this is not given"
     )
     length_penalty: float = Field(0.0, ge=0, description="off the score for each 100 characters over length_free_chars")
-    length_free_chars: int = Field(0, ge=0)
+    length_free_chars: int = Field(0, ge=0, description="characters of a response that length_penalty leaves alone")
     safety_floor: int | None = Field(
         None,
         ge=2,

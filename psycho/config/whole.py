@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from psycho.config.data import GenerationConfig, JudgeConfig, PairsConfig, SpeechesConfig
-from psycho.config.inference import InferenceConfig, SamplingConfig
+from psycho.config.inference import SIZE, InferenceConfig, SamplingConfig
 from psycho.config.online import OnlineConfig
 from psycho.config.section import Section
 from psycho.config.training import TrainingConfig
@@ -20,7 +20,7 @@ class EvaluationConfig(Section):
     """Reward-model audit and win rate against a baseline."""
 
     baseline: str = Field("", description="the model that stands where GPT-4o stands in the paper")
-    speeches: int = Field(250, ge=2)
+    speeches: int = Field(250, ge=2, description="held-out speeches that every policy and the baseline answer, at most")
     sampling: SamplingConfig = SamplingConfig()
     judge: JudgeConfig | None = Field(None, description="none: the label judge, with a warning")
 
@@ -28,42 +28,48 @@ class EvaluationConfig(Section):
 class ServingConfig(Section):
     """The Ray Serve application."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    replicas: int = Field(1, ge=1)
-    max_ongoing_requests: int = Field(64, ge=1)
-    max_queued_requests: int = Field(128, ge=0)
-    max_tokens: int = Field(512, ge=1)
-    request_timeout_s: float = Field(120, gt=0)
-    start_timeout_s: float = Field(600, gt=0)
+    host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of the machine's")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen at")
+    replicas: int = Field(1, ge=1, description="engines of the policy; the reward model has one")
+    max_ongoing_requests: int = Field(64, ge=1, description="requests that an engine answers at once")
+    max_queued_requests: int = Field(
+        128, ge=0, description="requests that wait beside those, of chats and of scores each; more are refused (429)"
+    )
+    max_tokens: int = Field(512, ge=1, description="of an answer; a request may ask for fewer")
+    request_timeout_s: float = Field(120, gt=0, description="for a whole answer, its wait included; then 504")
+    start_timeout_s: float = Field(600, gt=0, description="longest wait for the engines to be up and healthy")
     api_key_env: str | None = Field(None, description="environment variable that holds the key clients must send")
 
 
 class ClusterConfig(Section):
-    """How a job finds or starts Ray. `address` none: RAY_ADDRESS, else a Ray of its own."""
+    """How a job finds or starts Ray."""
 
-    address: str | None = None
+    address: str | None = Field(None, description="of the cluster to join; none: RAY_ADDRESS, else a Ray of its own")
     autoscaling: bool = Field(False, description="nodes come when asked for: what is missing now is no error")
-    local_cpus: int | None = Field(None, ge=1)
-    object_store_gib: float | None = Field(None, gt=0)
+    local_cpus: int | None = Field(
+        None, ge=1, description="CPUs that a Ray of its own counts on, whatever there are; none: the machine's"
+    )
+    object_store_gib: float | None = Field(
+        None, gt=0, description="shared memory of a Ray of its own; none: what Ray takes by itself"
+    )
     min_memory_gib: float = Field(0.0, ge=0, description="free memory that a local run needs")
 
 
 class NanoConfig(Section):
     """The embedded world: seeds of its own, so that all runs share the cached models."""
 
-    seed: int = 0
+    seed: int = Field(0, description="of the models and what they learn from; with the run's seed, of the speeches")
     scale: float = Field(1.0, gt=0, description="share of the training steps; below 1 for tests")
 
 
 class Config(Section):
     """One run."""
 
-    name: str = "run"
-    seed: int = 0
-    run_dir: str = "runs/run"
+    name: str = Field("run", description="in the plan, the report and model cards")
+    seed: int = Field(0, description="of all that is drawn: splits, models, samples, pairs, the order of training")
+    run_dir: str = Field("runs/run", description="folder of all results, here or on s3:// and the like")
     policy: str = Field("", description="the base policy that is trained")
-    policy_parameters_b: float | None = Field(None, gt=0)
+    policy_parameters_b: float | None = Field(None, gt=0, description=SIZE)
     cluster: ClusterConfig = ClusterConfig()
     speeches: SpeechesConfig = SpeechesConfig()
     generation: GenerationConfig = GenerationConfig()
