@@ -25,7 +25,7 @@ class Placed(NamedTuple):
     @property
     def split(self) -> int:
         """Processes of the engine, one a GPU."""
-        return int(self.engine.extra.get("tensor_parallel_size", self.engine.tensor_parallel_size))
+        return self.engine.tensor_parallel_size
 
     @property
     def lacks_gpus(self) -> bool:

@@ -48,7 +48,7 @@ class Load:
 
 def parameters_b(config: Config, model: str) -> float | None:
     """Size in 10^9 parameters: as configured, else from the name (`8B`, `360M`), else from a folder's weights."""
-    known = {entry.model: entry.parameters_b for entry in config.generation.pool}
+    known = {entry.model: entry.parameters_b for entry in config.generation.pool if entry.parameters_b}
     for judge in judges(config):
         known |= {judge.model: judge.parameters_b} if judge.parameters_b else {}
     known |= {config.policy: config.policy_parameters_b} if config.policy_parameters_b else {}

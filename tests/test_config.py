@@ -127,6 +127,13 @@ def pool(count: int) -> list[dict[str, str]]:
         ({"evaluation": {"judge": {"retries": -1}}}, ("evaluation.judge.retries", "-1")),
         ({"training": {"keep": "best"}}, ("training.keep best", "pairs.dev_share is 0; set it to 0.1")),
         ({"online": {"scorer": "judge", "min_gap": 4.1}}, ("online: min_gap 4.1 is over 4", "lower it")),
+        ({"evaluation": {"judge": {"mode": "panel", "panel": [{"model": "a"}, {"model": "b"}]}}}, ("compares alone",)),
+        ({"training": {"dpo": {"loss": "ipo", "label_smoothing": 0.1}}}, ("label_smoothing", "not of ipo")),
+        ({"online": {"loss": "simpo", "f_divergence": "js"}}, ("f_divergence", "loss simpo has none")),
+        (
+            {"inference": {"engine": {"extra": {"tensor_parallel_size": 2}}}},
+            ("extra.tensor_parallel_size is a setting of its own",),
+        ),
         (GOLD | {"speeches": {"source": "a.csv"}, "policy": "o/p"}, ("name its model in evaluation.judge.model",)),
         (
             GOLD | {"pairs": {"source": "a.csv", "dev_share": 0.1}, "policy": "o/p"},

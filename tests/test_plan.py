@@ -347,7 +347,8 @@ def test_size_as_configured_then_by_name_then_by_folder(tmp_path):
     (tmp_path / "config.json").write_text('{"dtype": "float32"}')
     sizes = {1: 1.24, 2: None, 3: 3, 4: 4}
     pool = [{"name": f"m{i}", "model": f"o/m-{i}B", "parameters_b": size} for i, size in sizes.items()]
-    config = minimal(generation={"pool": pool})
+    again = {"name": "again", "model": "o/m-1B"}  # with other sampling, say, and its size not said twice
+    config = minimal(generation={"pool": [*pool, again]})
     assert memory.parameters_b(config, "o/m-1B") == 1.24
     assert memory.parameters_b(config, "o/m-2B") == 2
     assert memory.parameters_b(config, str(tmp_path)) == pytest.approx(1e-6)

@@ -35,8 +35,15 @@ class EngineConfig(Section):
     )
     trust_remote_code: bool = Field(False, description="runs code from the model's folder; off unless you say so")
     extra: dict[str, Any] = Field(
-        default_factory=dict, description="vLLM's own arguments by its names; they go before the settings above"
+        default_factory=dict, description="vLLM's own arguments by its names, but for those that are settings here"
     )
+
+    @model_validator(mode="after")
+    def _once(self) -> EngineConfig:
+        twice = sorted(self.extra.keys() & type(self).model_fields.keys())
+        if twice:
+            raise ValueError(f"extra.{twice[0]} is a setting of its own; set {twice[0]} beside extra")
+        return self
 
 
 class InferenceConfig(Section):

@@ -91,6 +91,12 @@ class PreferenceConfig(LoopConfig):
         given = [name for name, there in pairwise.items() if there]
         if self.loss == "plackett_luce" and given:
             raise ValueError(f"{given[0]} is about pairs and loss plackett_luce about rankings; leave one of them out")
+        if self.label_smoothing and self.loss not in ("dpo", "robust", "simpo"):
+            raise ValueError(f"label_smoothing is of the losses dpo, robust and simpo, not of {self.loss}; set it to 0")
+        if self.f_divergence != "reverse_kl" and not self.needs_reference:
+            raise ValueError(
+                f"f_divergence is the distance to a reference, and loss {self.loss} has none; leave it out"
+            )
         return self
 
     @property

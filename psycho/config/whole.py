@@ -24,6 +24,12 @@ class EvaluationConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     judge: JudgeConfig | None = Field(None, description="none: the label judge, with a warning")
 
+    @model_validator(mode="after")
+    def _one_judge(self) -> EvaluationConfig:
+        if self.judge and self.judge.mode == "panel":
+            raise ValueError("evaluation.judge compares alone, and its mode is panel; name one judge, mode evidence")
+        return self
+
 
 class ServingConfig(Section):
     """The Ray Serve application."""

@@ -57,8 +57,7 @@ def build_app(config: Config, policy: str, reward: str) -> serve.Application:
     settings = Settings(
         policy_name=_name(policy),
         reward_name=_name(reward) if _name(reward) != _name(policy) else f"{_name(reward)}-reward",
-        temperature=config.evaluation.sampling.temperature,
-        top_p=config.evaluation.sampling.top_p,
+        sampling=config.evaluation.sampling,
         max_tokens=serving.max_tokens,
         policy_slots=serving.replicas * serving.max_ongoing_requests,
         reward_slots=serving.max_ongoing_requests,

@@ -38,6 +38,8 @@ class ChatCall:
     max_tokens: int
     seed: int | None
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    repetition_penalty: float = 1.0
 
 
 class _Server:
@@ -123,6 +125,8 @@ class PolicyServer(_Server):
         params = SamplingParams(
             temperature=call.temperature,
             top_p=call.top_p,
+            top_k=call.top_k,
+            repetition_penalty=call.repetition_penalty,
             max_tokens=min(call.max_tokens, self._limit - len(ids)),
             seed=call.seed,
             stop=list(call.stop),

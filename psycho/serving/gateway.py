@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from psycho.config import SamplingConfig
 from psycho.serving.calls import Admission, call, stream
 from psycho.serving.engine import ChatCall
 from psycho.serving.guard import Guard, respond
@@ -39,12 +40,14 @@ _HEALTH_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What the gateway knows of the configuration; `key_digest` is SHA-256 of the key clients must send."""
+    """What the gateway knows of the configuration; `key_digest` is SHA-256 of the key clients must send.
+
+    `sampling` is that of the evaluation, so that what is served is what was measured, unless a request says otherwise.
+    """
 
     policy_name: str
     reward_name: str
-    temperature: float
-    top_p: float
+    sampling: SamplingConfig
     max_tokens: int
     policy_slots: int
     reward_slots: int
@@ -136,15 +139,18 @@ class _Gateway:
     async def chat(self, request: ChatRequest) -> Response:
         """A draft of a response to the conversation."""
         settings = self._settings
+        sampling = settings.sampling
         _check_model(request.model, settings.policy_name)
         until = self._deadline()
         asked = ChatCall(
             messages=conversation(request.messages, settings.system_prompt),
-            temperature=settings.temperature if request.temperature is None else request.temperature,
-            top_p=settings.top_p if request.top_p is None else request.top_p,
+            temperature=sampling.temperature if request.temperature is None else request.temperature,
+            top_p=sampling.top_p if request.top_p is None else request.top_p,
             max_tokens=min(request.max_tokens or settings.max_tokens, settings.max_tokens),
             seed=request.seed,
-            stop=tuple(request.stops),
+            stop=(*sampling.stop, *request.stops),
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
         )
         reply = Reply(settings.policy_name)
         if not request.stream:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from psycho.config import Config, ServingConfig
+from psycho.config import Config, SamplingConfig, ServingConfig
 from psycho.errors import BadInput
 from psycho.serving.app import base_url, build_app, check_port, from_args
 from psycho.serving.calls import Admission
@@ -40,8 +40,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 SETTINGS = Settings(
     policy_name="online",
     reward_name="reward",
-    temperature=0.5,
-    top_p=0.9,
+    sampling=SamplingConfig(temperature=0.5, top_p=0.9, top_k=20, repetition_penalty=1.1, stop=("###",)),
     max_tokens=64,
     policy_slots=2,
     reward_slots=2,
@@ -159,7 +158,11 @@ def test_chat_answers_in_openai_shape_and_says_drafts_are_for_review() -> None:
         assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
         assert "therapist" in reply.headers["x-psycho-notice"]
         (asked,) = policies.chat.asked[0]
-        assert asked == ChatCall(HELLO, temperature=0.5, top_p=0.9, max_tokens=64, seed=-3, stop=("END",))
+        # As the answers that were evaluated, but for what the request says.
+        assert asked == ChatCall(
+            HELLO, temperature=0.5, top_p=0.9, max_tokens=64, seed=-3, stop=("###", "END"), top_k=20,
+            repetition_penalty=1.1,
+        )  # fmt: skip
 
 
 def test_stream_ends_with_usage_and_done() -> None:
