@@ -46,12 +46,6 @@ def check_together(config: Config) -> None:
                 f"tensor_parallel_size {placed.split} splits an engine over as many GPUs, and {placed.setting} is "
                 f"{placed.gpus:g}; set it to {placed.split} or tensor_parallel_size to 1"
             )
-    for setting, most, where, length in _answers(config):
-        if length is not None and most >= length:
-            raise BadInput(
-                f"{setting} is {most} and {where}.max_model_len {length}, which is for prompt and answer together; "
-                "lower the first or raise the second"
-            )
 
 
 def engines(config: Config) -> Iterator[Placed]:
@@ -101,6 +95,16 @@ def _check_device(config: Config) -> None:
             f"training.device is cpu and training.gpus_per_worker {training.gpus_per_worker:g}, of which nothing would "
             "be used; set training.gpus_per_worker=0 or training.device=cuda"
         )
+
+
+def short_answers(config: Config) -> Iterator[str]:
+    """Where answers end before the tokens that they are allowed: no prompt leaves as many."""
+    for setting, most, where, length in _answers(config):
+        if length is not None and most >= length:
+            yield (
+                f"{setting} is {most} and {where}.max_model_len {length}, which is for prompt and answer together: "
+                "answers are cut off earlier; lower the first or raise the second"
+            )
 
 
 def _answers(config: Config) -> Iterator[tuple[str, int, str, int | None]]:

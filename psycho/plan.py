@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from psycho import storage
-from psycho.checks import cannot_split, engines
+from psycho.checks import cannot_split, engines, short_answers
 from psycho.config import Config, InferenceConfig, JudgeConfig, LoopConfig, ModelConfig, SamplingConfig
 from psycho.errors import BadInput
 from psycho.inference.requests import shares
@@ -405,6 +405,7 @@ def _warnings(config: Config, speeches: str, stages: Sequence[StagePlan]) -> Ite
     loads = {load.model: load for stage in stages for phase in stage.phases for load in phase}
     if unknown := [model for model, load in loads.items() if load.gib is None or load.host_gib is None]:
         yield f"size unknown of {', '.join(unknown)}: give parameters_b"
+    yield from short_answers(config)
     for placed in engines(config):
         if placed.lacks_gpus and not cannot_split(config, placed):
             split = placed.split

@@ -24,7 +24,13 @@ from filelock import FileLock, Timeout
 from psycho.errors import BadInput, WaitTimedOut
 
 _COPY_LIMIT_S = 3600.0  # the longest that one worker waits for another of its node to fetch a model
-_ORIGIN = ".origin"
+_ORIGIN, _PART = ".origin", ".part"
+_MOST_COPIED_THERE = 5 * 2**30  # bytes of an object that S3 copies by itself
+
+
+def cache_root() -> Path:
+    """Where a machine keeps models between runs, and temporary files: PSYCHO_CACHE, else ~/.cache/psycho."""
+    return Path(os.environ.get("PSYCHO_CACHE") or Path.home() / ".cache" / "psycho")
 
 
 def is_remote(uri: str) -> bool:
@@ -47,8 +53,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def join(uri: str, *parts: str) -> str:
-    """A path below `uri`."""
-    return "/".join([uri.rstrip("/"), *parts])
+    """A path below `uri`; the query that a URI may end with (`?region=...`) stays at its end."""
+    path, mark, query = uri.partition("?") if is_remote(uri) else (uri, "", "")
+    return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
 def exists(uri: str) -> bool:
@@ -125,8 +132,16 @@ def remove(uri: str) -> None:
         fs.delete_file(path)
 
 
+def aside(uri: str) -> str:
+    """Where to write a folder that is to stand at `uri` whole: beside it, for `publish`. An object store renames
+    nothing: there it is the place itself, and a file that is written last says that the folder is whole."""
+    return uri if is_remote(uri) else f"{uri}.unfinished"
+
+
 def publish(source: str, target: str) -> None:
     """Put a finished folder or file in its place; what stood there before is replaced."""
+    if source == target:
+        return
     if not is_remote(source) and not is_remote(target):
         _, old = resolve(source)
         _, new = resolve(target)
@@ -146,18 +161,58 @@ def copy_dir(source: str, target: str) -> None:
     """Copy a folder or file between any two places."""
     source_fs, source_path = resolve(source)
     target_fs, target_path = resolve(target)
-    alone = source_fs.get_file_info(source_path).type == pafs.FileType.File
+    found = source_fs.get_file_info(source_path)
+    alone = found.type == pafs.FileType.File
+    sizes = [found.size] if alone else [size for _, size, _ in listing(source)]
     target_fs.create_dir(str(PurePosixPath(target_path).parent) if alone else target_path, recursive=True)
+    if not is_remote(source) or max(sizes, default=0) > _MOST_COPIED_THERE:
+        target_fs = _in_step(target_fs)
     pafs.copy_files(source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs)
+
+
+def _in_step(fs: pafs.FileSystem) -> pafs.FileSystem:
+    """The same store, whose writes wait until what came before is sent.
+
+    In the background Arrow holds in memory all that a disk reads faster than the network takes it, up to whole files.
+    Another file system than the source's, it also has bytes go through here rather than be copied there.
+    """
+    if not isinstance(fs, pafs.S3FileSystem):
+        return fs
+    make, (options, *rest) = fs.__reduce__()
+    return make(options | {"background_writes": False}, *rest)
+
+
+def link_dir(source: str, target: str) -> None:
+    """Copy a folder; where both are on one disk its files get a second name, which costs nothing."""
+    if is_remote(source) or is_remote(target):
+        copy_dir(source, target)
+        return
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:  # another disk, or one without links
+            shutil.copy2(one, other)
+
+    shutil.copytree(resolve(source)[1], resolve(target)[1], copy_function=link)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A temporary folder where there is room for models, which is seldom /tmp."""
+    root = cache_root() / "tmp"
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        yield Path(folder)
 
 
 @contextmanager
 def writing(uri: str) -> Iterator[Path]:
     """A local path to write a file to, for what writes to nothing else; it stands at `uri` once the block has ended."""
     if is_remote(uri):
-        with tempfile.TemporaryDirectory(prefix="psycho-") as folder:
-            yield Path(folder, "file")
-            copy_dir(str(Path(folder, "file")), uri)
+        with _scratch() as folder:
+            yield folder / "file"
+            copy_dir(str(folder / "file"), uri)
         return
     target = Path(resolve(uri)[1])
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,28 +232,17 @@ def writing_folder(uri: str) -> Iterator[Path]:
     file that is written last, after the block.
     """
     if is_remote(uri):
-        with tempfile.TemporaryDirectory(prefix="psycho-") as folder:
-            yield Path(folder)
-            copy_dir(folder, uri)
+        with _scratch() as folder:
+            yield folder
+            copy_dir(str(folder), uri)
         return
     target = Path(resolve(uri)[1])
     target.mkdir(parents=True, exist_ok=True)
     yield target
 
 
-@contextmanager
-def reading(uri: str) -> Iterator[Path]:
-    """A local path that holds the file `uri` as long as the block lasts."""
-    if not is_remote(uri):
-        yield Path(resolve(uri)[1])
-        return
-    with tempfile.TemporaryDirectory(prefix="psycho-") as folder:
-        copy_dir(uri, str(Path(folder, "file")))
-        yield Path(folder, "file")
-
-
-def local_copy(uri: str, cache: Path) -> str:
-    """A local path that holds the folder `uri`: itself when local, else a copy below `cache`.
+def local_copy(uri: str) -> str:
+    """A local path that holds the folder `uri`: itself when local, else a copy in the cache.
 
     A node makes one copy of a content, however many of its workers ask. Copies whose original is gone or has changed
     since go when the next is made, so that the policies of a long job do not fill the disk.
@@ -212,19 +256,20 @@ def local_copy(uri: str, cache: Path) -> str:
     content = _content(uri)
     if content is None:
         raise BadInput(f"{uri} does not exist or is empty; check the address")
-    target = cache / f"{PurePosixPath(uri).name}-{content}"
+    cache = cache_root() / "models"
+    target = cache / f"{PurePosixPath(uri.partition('?')[0]).name}-{content}"
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(cache / f"{target.name}.lock", timeout=_COPY_LIMIT_S):
             if not target.is_dir():
                 _drop_old_copies(cache)
-                aside = cache / f".{target.name}.{uuid.uuid4().hex[:8]}"
+                part = cache / f"{target.name}{_PART}"
                 try:
-                    copy_dir(uri, str(aside))
-                    Path(cache, f"{target.name}{_ORIGIN}").write_text(json.dumps([uri, content]), encoding="utf-8")
-                    aside.rename(target)
+                    copy_dir(uri, str(part))
+                    write_text(str(cache / f"{target.name}{_ORIGIN}"), json.dumps([uri, content]))
+                    part.rename(target)
                 finally:
-                    shutil.rmtree(aside, ignore_errors=True)
+                    shutil.rmtree(part, ignore_errors=True)
     except Timeout:
         raise WaitTimedOut(f"another worker's copy of {uri}", _COPY_LIMIT_S) from None
     return str(target)
@@ -237,15 +282,22 @@ def _content(uri: str) -> str | None:
 
 
 def _drop_old_copies(cache: Path) -> None:
+    """Several workers of a node may do so at once."""
     for origin in cache.glob(f"*{_ORIGIN}"):
-        uri, content = json.loads(origin.read_text(encoding="utf-8"))
         try:
-            stands = _content(uri) == content
+            uri, content = json.loads(read_text(str(origin)) or "[null, null]")
+            stands = uri is None or _content(uri) == content  # None: another worker was first
         except (OSError, BadInput):  # a store that cannot be reached just now says nothing of its models
             continue
         if not stands:
             shutil.rmtree(cache / origin.name.removesuffix(_ORIGIN), ignore_errors=True)
             origin.unlink(missing_ok=True)
+    for part in cache.glob(f"*{_PART}"):
+        try:
+            with FileLock(cache / f"{part.name.removesuffix(_PART)}.lock", timeout=0):
+                shutil.rmtree(part, ignore_errors=True)  # whose worker was killed, since nobody holds its lock
+        except Timeout:
+            continue
 
 
 def write_table(table: pa.Table, uri: str, files: int = 1) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from psycho.checks import short_answers
 from psycho.config import Config, load_config
 from psycho.errors import BadInput
 from psycho.stages import check_config
@@ -60,6 +61,18 @@ def test_what_is_shipped_goes_together(path: Path) -> None:
             "generation.pool (a).gpus_per_worker is 1; set it to 2",
             POOL % "engine: {tensor_parallel_size: 2}, gpus_per_worker: 2",
         ),
+    ],
+)
+def test_what_contradicts_is_refused_until_it_does_not(name: str, overrides: list[str], said: str, remedy: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        check_config(_config(name, *overrides))
+    assert said in str(refused.value)
+    check_config(_config(name, *overrides, remedy))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "said", "remedy"),
+    [
         (
             "nano",
             ["inference.engine.max_model_len=96"],
@@ -86,11 +99,11 @@ def test_what_is_shipped_goes_together(path: Path) -> None:
         ),
     ],
 )
-def test_what_contradicts_is_refused_until_it_does_not(name: str, overrides: list[str], said: str, remedy: str) -> None:
-    with pytest.raises(BadInput) as refused:
-        check_config(_config(name, *overrides))
-    assert said in str(refused.value)
-    check_config(_config(name, *overrides, remedy))
+def test_answers_that_end_early_are_warned_of(name: str, overrides: list[str], said: str, remedy: str) -> None:
+    """And no more, for they may be short anyway."""
+    check_config(_config(name, *overrides))
+    assert any(said in line for line in short_answers(_config(name, *overrides)))
+    assert not any(said in line for line in short_answers(_config(name, *overrides, remedy)))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
+from filelock import FileLock
 
 from psycho import storage
 from psycho.config import Config
@@ -154,42 +155,48 @@ def test_answers_that_cannot_be_read_just_now_are_not_thrown_away(tmp_path, monk
     assert (tmp_path / "a.parquet").exists() == stays
 
 
-def test_a_local_copy_is_the_folder_itself_or_made_once(tmp_path, store, monkeypatch):
-    assert storage.local_copy(str(tmp_path), tmp_path / "cache") == str(tmp_path)
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """Where copies of models are: in a cache of the test's own."""
+    monkeypatch.setenv("PSYCHO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+def folders(copies: Path) -> set[str]:
+    return {str(path) for path in copies.iterdir() if path.is_dir()}
+
+
+def test_a_local_copy_is_the_folder_itself_or_made_once(tmp_path, store, copies, monkeypatch):
+    assert storage.local_copy(str(tmp_path)) == storage.local_copy(f"file://{tmp_path}") == str(tmp_path)
     model = storage.join(store, "model")
     storage.write_text(storage.join(model, "config.json"), "{}")
-    copy = storage.local_copy(model, tmp_path / "cache")
+    copy = storage.local_copy(model)
     assert Path(copy, "config.json").read_text() == "{}"
     monkeypatch.setattr(storage, "copy_dir", None)
-    assert storage.local_copy(model, tmp_path / "cache") == copy
+    assert storage.local_copy(model) == copy
 
 
-def test_a_model_that_was_trained_again_is_copied_again(tmp_path, store):
+def test_a_model_that_was_trained_again_is_copied_again(store, copies):
     """Under the same name: the old copy would be loaded for the new model."""
-    cache = tmp_path / "cache"
-
-    def copies() -> set[str]:
-        return {str(path) for path in cache.iterdir() if path.is_dir()}
-
     model, other = storage.join(store, "v1.5-model"), storage.join(store, "other")
     storage.write_text(storage.join(other, "config.json"), "other")
     storage.write_text(storage.join(model, "config.json"), "{}")
-    kept, old = storage.local_copy(other, cache), storage.local_copy(model, cache)
+    kept, old = storage.local_copy(other), storage.local_copy(model)
     storage.write_text(storage.join(model, "config.json"), "changed")
-    new = storage.local_copy(model, cache)
+    new = storage.local_copy(model)
     assert Path(new, "config.json").read_text() == "changed"
-    assert copies() == {kept, new} and old != new
+    assert folders(copies) == {kept, new} and old != new
     storage.remove(model)  # as the policies of rounds that are past
     storage.write_text(storage.join(store, "next", "config.json"), "next")
-    assert copies() - {kept} == {new}
-    following = storage.local_copy(storage.join(store, "next"), cache)
-    assert copies() == {kept, following}
+    assert folders(copies) - {kept} == {new}
+    following = storage.local_copy(storage.join(store, "next"))
+    assert folders(copies) == {kept, following}
 
 
-def test_a_copy_whose_store_cannot_be_reached_stays(tmp_path, store, monkeypatch):
+def test_a_copy_whose_store_cannot_be_reached_stays(store, copies, monkeypatch):
     for name in ("one", "other"):
         storage.write_text(storage.join(store, name, "config.json"), name)
-    one, listing = storage.local_copy(storage.join(store, "one"), tmp_path), storage.listing
+    one, listing = storage.local_copy(storage.join(store, "one")), storage.listing
 
     def refuse(uri: str) -> list[tuple[str, int, int]]:
         if uri.endswith("one"):
@@ -197,14 +204,70 @@ def test_a_copy_whose_store_cannot_be_reached_stays(tmp_path, store, monkeypatch
         return listing(uri)
 
     monkeypatch.setattr(storage, "listing", refuse)
-    storage.local_copy(storage.join(store, "other"), tmp_path)
+    storage.local_copy(storage.join(store, "other"))
     assert Path(one).is_dir()
 
 
-def test_a_model_that_is_not_there_is_a_sentence(tmp_path, store):
+def test_workers_of_a_node_may_clean_up_at_once(store, copies, monkeypatch):
+    """Each finds what another has just removed; what a killed worker left half copied goes too."""
+    for number in range(4):
+        storage.write_text(storage.join(store, f"m{number}", "config.json"), str(number))
+    for number in range(3):
+        storage.local_copy(storage.join(store, f"m{number}"))
+        storage.remove(storage.join(store, f"m{number}"))
+    (copies / "gone-0123.part").mkdir()
+    (copies / "held-0123.part").mkdir()
+    content = storage._content
+
+    def first(uri: str) -> str | None:
+        for origin in copies.glob("*.origin"):  # another worker's turn, in the middle of this one's
+            origin.unlink()
+        return content(uri)
+
+    monkeypatch.setattr(storage, "_content", first)
+    with FileLock(copies / "held-0123.lock"):
+        storage.local_copy(storage.join(store, "m3"))
+    assert (copies / "held-0123.part").is_dir() and not (copies / "gone-0123.part").exists()
+
+
+def test_a_model_that_is_not_there_is_a_sentence(store, copies):
     with pytest.raises(BadInput, match="model does not exist or is empty; check the address"):
-        storage.local_copy(storage.join(store, "model"), tmp_path)
-    assert not list(tmp_path.iterdir())
+        storage.local_copy(storage.join(store, "model"))
+    assert not copies.exists()
+
+
+def test_a_query_stays_at_the_end():
+    assert storage.join("s3://b/a?region=eu", "x") == "s3://b/a/x?region=eu"
+    assert storage.join("/b/a?b", "x") == "/b/a?b/x"  # a folder may be called so
+
+
+def test_what_is_sent_to_s3_is_not_piled_up_in_memory(bucket, tmp_path, monkeypatch):
+    """Arrow reads a disk ahead of the network, without a limit; and S3 itself copies nothing over 5 GiB."""
+    targets: list[object] = []
+    copy_files = pafs.copy_files
+
+    def seen(*args, destination_filesystem, **options):
+        background = destination_filesystem.__reduce__()[1][0]["background_writes"]
+        targets.append((background, options["source_filesystem"] == destination_filesystem))
+        copy_files(*args, destination_filesystem=destination_filesystem, **options)
+
+    monkeypatch.setattr("psycho.storage.pafs.copy_files", seen)
+    (tmp_path / "a.bin").write_bytes(b"12345")
+    storage.copy_dir(str(tmp_path), f"{bucket.uri}/one")
+    storage.copy_dir(f"{bucket.uri}/one", f"{bucket.uri}/two")
+    monkeypatch.setattr(storage, "_MOST_COPIED_THERE", 4)
+    storage.copy_dir(f"{bucket.uri}/one", f"{bucket.uri}/three")
+    assert targets == [(False, False), (True, True), (False, False)]
+    assert [storage.read_bytes(f"{bucket.uri}/{name}/a.bin") for name in ("one", "two", "three")] == [b"12345"] * 3
+
+
+def test_a_linked_folder_costs_nothing_and_outlives_the_first(root, tmp_path):
+    storage.write_text(storage.join(root, "one", "deep", "a.txt"), "a")
+    storage.link_dir(storage.join(root, "one"), storage.join(root, "other"))
+    if not storage.is_remote(root):
+        assert Path(root, "other", "deep", "a.txt").samefile(Path(root, "one", "deep", "a.txt"))
+    storage.remove(storage.join(root, "one"))
+    assert storage.read_text(storage.join(root, "other", "deep", "a.txt")) == "a"
 
 
 def test_names_and_the_listing_of_a_folder(root):
@@ -215,7 +278,7 @@ def test_names_and_the_listing_of_a_folder(root):
     assert [(name, size) for name, size, _ in storage.listing(root)] == [("a/c.txt", 7), ("a/d/e.txt", 9), ("b.txt", 5)]
 
 
-def test_a_file_that_others_write_is_there_whole_or_not_at_all(root):
+def test_a_file_that_others_write_is_there_whole_or_not_at_all(root, copies):
     uri = storage.join(root, "deep", "a.bin")
     with pytest.raises(KeyError), storage.writing(uri) as file:
         file.write_bytes(b"half")
@@ -224,12 +287,11 @@ def test_a_file_that_others_write_is_there_whole_or_not_at_all(root):
     for content in (b"one", b"other"):
         with storage.writing(uri) as file:
             file.write_bytes(content)
-        with storage.reading(uri) as file:
-            assert file.read_bytes() == content
+        assert storage.read_bytes(uri) == content
     assert storage.names(storage.join(root, "deep")) == ["a.bin"]
 
 
-def test_a_folder_that_others_write_may_have_several_writers(root):
+def test_a_folder_that_others_write_may_have_several_writers(root, copies):
     uri = storage.join(root, "model")
     for name in ("one", "other"):
         with storage.writing_folder(uri) as folder:

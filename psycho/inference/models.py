@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from psycho import storage
 from psycho.errors import BadInput
+from psycho.storage import cache_root as cache_root  # who makes models looks for it here
 
 _IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _DECISIVE = ("_token", "chat_template")  # of tokenizer_config.json: what changes a prompt or its end
-
-
-def cache_root() -> Path:
-    """Where models are kept between runs: PSYCHO_CACHE, else ~/.cache/psycho."""
-    return Path(os.environ.get("PSYCHO_CACHE") or Path.home() / ".cache" / "psycho")
 
 
 def looks_like_path(model: str) -> bool:
@@ -36,7 +31,7 @@ def local_model(model: str) -> str:
         BadInput: there is no such folder on the object store.
         WaitTimedOut: another worker of this node did not finish the copy.
     """
-    return storage.local_copy(model, cache_root() / "models") if storage.is_remote(model) else model
+    return storage.local_copy(model) if "://" in model else model
 
 
 def check_model(model: str, needs_chat_template: bool = True) -> None:

@@ -8,9 +8,11 @@ by, the best weights so far as a finished model folder.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psycho import storage
+from psycho.inference.models import local_model
 from psycho.training import states
 
 History = list[dict[str, float]]
@@ -46,9 +49,9 @@ class Checkpoints:
         parameters: dict[str, dict[str, Any]] = {}
         random_state: dict[str, Tensor] | None = None
         about: dict[str, Any] = {}
+        folder = local_model(folder)  # of an object store a node fetches them once
         for name in _shards(folder):
-            with storage.reading(storage.join(folder, name)) as file:  # what is mapped outlives its name
-                shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            shard = torch.load(Path(folder, name), map_location="cpu", weights_only=True, mmap=True)
             parameters |= shard["parameters"]
             if shard["rank"] == dist.get_rank():
                 random_state = shard["random"]
@@ -107,7 +110,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             file = storage.join(self._folder, "key")
             if storage.read_text(file) != self._key:
-                _remove(self._folder)
+                storage.remove(self._folder)  # or fail: a step that stayed would be gone on from under this key
                 storage.write_text(file, self._key)
             for folder in self._steps():
                 if found[0] is None and _whole(folder):
@@ -139,8 +142,8 @@ def _write(shard: Mapping[str, Any], file: str) -> None:
 
 
 class Best:
-    """The best weights so far by the loss on the dev pairs: a model folder `best-<steps>` below the checkpoints, which
-    `best.json`, written after it, names."""
+    """The best weights so far by the loss on the dev pairs: a model folder below the checkpoints, which `best.json`,
+    written after it, names."""
 
     def __init__(self, folder: str, every_steps: int | None) -> None:
         self._folder, self._every = folder, every_steps
@@ -151,14 +154,16 @@ class Best:
 
     def offer(self, loss: float, steps: int, save: Callable[[str], None]) -> None:
         """Keep the present weights where none were better; collective, for all ranks hold the same loss."""
-        worse = [False]
+        better: list[str | None] = [None]
         if dist.get_rank() == 0:
             known = storage.read_text(self._file)
-            worse = [known is not None and json.loads(known)["loss"] <= loss]
-        dist.broadcast_object_list(worse, src=0)
-        if worse[0]:
+            if known is None or json.loads(known)["loss"] > loss:
+                # Another name each time: a step that is done again after a crash must not write into what is named.
+                better = [storage.join(self._folder, f"best-{steps}-{uuid.uuid4().hex[:8]}")]
+        dist.broadcast_object_list(better, src=0)
+        folder = better[0]
+        if folder is None:
             return
-        folder = storage.join(self._folder, f"best-{steps}")
         save(folder)
         if dist.get_rank() == 0:
             before = best_folder(self._folder)

@@ -161,16 +161,17 @@ def _train_worker(config: dict[str, Any]) -> None:
         if groups:
             history = trainer.fit(groups, job.seed, on_step, job.shuffle, job.references, checkpoints, dev)
         # By what all ranks know, not by what lies there: the first rank moves it while the others may still look.
+        aside = storage.aside(job.output)
         if not (groups and dev):
-            trainer.save(job.output)
+            trainer.save(aside)
         if trainer.rank == 0:
             if groups and dev:
-                storage.remove(job.output)
-                best = best_folder(checkpoints)
-                storage.copy_dir(best, job.output)  # and not moved, lest a try that ends here lose it
-            storage.write_text(storage.join(job.output, "too_long.json"), json.dumps(too_long))
-            write_notes(job.output, trainer.notes)
-            write_history(job.output, history)
+                storage.remove(aside)
+                storage.link_dir(best_folder(checkpoints), aside)  # and not moved, lest a try that ends here lose it
+            storage.write_text(storage.join(aside, "too_long.json"), json.dumps(too_long))
+            write_notes(aside, trainer.notes)
+            write_history(aside, history)
+            storage.publish(aside, job.output)
             storage.remove(checkpoints)
         dist.barrier()  # the next training may start from it
         trainer.close()

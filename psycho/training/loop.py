@@ -269,7 +269,8 @@ class Trainer:
             if getattr(self._config, "tie_word_embeddings", False):
                 state.pop("lm_head.weight", None)
             with storage.writing_folder(folder) as local:
-                self._save_pretrained(local, state_dict=state, safe_serialization=True)
+                # In files that S3 copies by itself, which it does up to 5 GiB.
+                self._save_pretrained(local, state_dict=state, safe_serialization=True, max_shard_size="4GB")
                 self.tokenizer.save_pretrained(local)
                 if heads:
                     save_heads(str(local), heads)

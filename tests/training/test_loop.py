@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from psycho import storage
 from psycho.config import DPOConfig, LoopConfig, LoRAConfig, RewardConfig, SFTConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
-from psycho.training.checkpoint import Checkpoints
+from psycho.training.checkpoint import Best, Checkpoints, best_folder
 from psycho.training.launch import TrainJob, read_history, read_rows, train
 from psycho.training.loop import Trainer, write_history
 from psycho.training.packing import padded
@@ -295,6 +295,38 @@ def test_a_shard_cut_short_is_not_gone_on_from(one_rank: None, tiny_llama: Calla
     assert not (tmp_path / "step-4").exists()
     assert Checkpoints(str(tmp_path), "another key", 1, 60.0)._last() is None
     assert not (tmp_path / "step-2").exists()
+
+
+def test_checkpoints_of_another_training_that_cannot_be_removed_end_it(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the new key they would be gone on from."""
+    Checkpoints(str(tmp_path), "key", 1, 60.0)._last()
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "step-2" / "shard-0-of-1.pt").touch()
+
+    def busy(uri: str) -> None:
+        raise OSError("in use")
+
+    monkeypatch.setattr("psycho.storage.remove", busy)
+    with pytest.raises(OSError, match="in use"):
+        Checkpoints(str(tmp_path), "another key", 1, 60.0)._last()
+    assert (tmp_path / "key").read_text() == "key"
+
+
+def test_the_best_weights_are_never_written_over(one_rank: None, tmp_path: Path) -> None:
+    """A step that is done again after a crash has a folder of its own: what is named is whole at any moment."""
+    best, saved = Best(str(tmp_path), 1), []
+
+    def save(folder: str) -> None:
+        assert not Path(folder).exists()
+        Path(folder).mkdir()
+        saved.append(folder)
+
+    for loss in (0.5, 0.4, 0.45):
+        best.offer(loss, 3, save)
+    assert len(saved) == 2 and best_folder(str(tmp_path)) == saved[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["best.json", Path(saved[1]).name])
 
 
 def test_an_error_of_the_writing_thread_is_raised(

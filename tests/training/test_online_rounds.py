@@ -155,8 +155,7 @@ class Tried:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        with storage.reading(f"{self.output}/model.safetensors") as file:
-            return load_file(file)
+        return load_file(f"{local_model(self.output)}/model.safetensors")
 
     @property
     def losses(self) -> list[list[float]]:
@@ -377,8 +376,10 @@ def test_rounds_on_an_object_store_are_those_on_disk(
         f"{name}/round-00{number}.parquet" for name in ("samples", "pairs") for number in range(2)
     }
     assert {path.name for path in tmp_path.iterdir()} == {"here", "cache"}
+    assert not list((cache / "tmp").iterdir())
     copies = [path for path in (cache / "models").iterdir() if path.is_dir()]
-    assert len(copies) <= 3 + 1  # the first policy, the last two, the optimizer that was gone on with
+    # The first policy and the last two, the optimizer and the checkpoint that were gone on with, and the result.
+    assert len(copies) <= 3 + 2 + 1
 
 
 def test_a_half_on_an_object_store_that_was_cut_short_is_nothing(bucket: Any) -> None:

@@ -323,12 +323,13 @@ class Rounds:
         self._look_at(chosen, scores)
         reports = self.store.rounds()
         reports[chosen - 1]["chosen"] = True
-        output = self.job.output
-        storage.remove(output)  # an earlier try may have come as far as this, and died after it
-        storage.copy_dir(self.store.policy(chosen, self.job.policy), output)
-        write_notes(output, [*self.trainer.notes, *self.notes])
-        storage.write_text(storage.join(output, "rounds.json"), json.dumps(reports))
-        write_history(output, [row for index in range(trained) for row in self.store.training(index + 1)["history"]])
+        aside = storage.aside(self.job.output)
+        storage.remove(aside)  # an earlier try may have come as far as this, and died after it
+        storage.link_dir(self.store.policy(chosen, self.job.policy), aside)
+        write_notes(aside, [*self.trainer.notes, *self.notes])
+        storage.write_text(storage.join(aside, "rounds.json"), json.dumps(reports))
+        write_history(aside, [row for index in range(trained) for row in self.store.training(index + 1)["history"]])
+        storage.publish(aside, self.job.output)
 
     def _look_at(self, chosen: int, scores: dict[int, float | None]) -> None:
         """Say where the policy that is kept is none to be glad of, and what the held-out judge thinks of it."""

@@ -159,8 +159,7 @@ class RoundStore:
 
     def _publish(self, folder: str, name: str, report: Row) -> None:
         storage.write_text(storage.join(folder, _REPORT), json.dumps(report))
-        if folder != self._path(name):
-            storage.publish(folder, self._path(name))
+        storage.publish(folder, self._path(name))
 
 
 def save_optimizer(engine: Any, folder: str) -> None:
