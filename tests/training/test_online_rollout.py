@@ -157,7 +157,7 @@ def test_an_empty_text_is_not_scored_and_shifts_nothing(scorer: str) -> None:
     assert report["samples"] == 8
     silent = "the policy said nothing"
     assert [(row["speech_id"], row["sample"], row["reason"]) for row in report["left_out"]] == [
-        ("s0", 0, silent), ("s0", 2, silent), ("s1", 1, silent),
+        ("s0", 0, silent), ("s0", 2, silent), ("s1", 1, "prompt is too long"),
     ]  # fmt: skip
 
 
