@@ -101,14 +101,8 @@ def write_text(uri: str, text: str) -> None:
         with fs.open_output_stream(path) as stream:
             stream.write(text.encode())
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    with writing(uri) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def append_line(uri: str, line: str) -> None:
@@ -315,14 +309,8 @@ def write_rows(table: pa.Table, uri: str) -> None:
     if is_remote(uri):
         pq.write_table(table, path, filesystem=fs)
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        pq.write_table(table, aside)
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    with writing(uri) as file:
+        pq.write_table(table, file)
 
 
 def parquet_files(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:
@@ -335,13 +323,11 @@ def parquet_files(uri: str) -> Iterator[tuple[pafs.FileSystem, str]]:
 
 
 def parquet_sizes(uri: str) -> dict[str, int]:
-    """Bytes of each Parquet file below a folder, by its path inside the folder."""
+    """Bytes of each Parquet file below a folder, by its path inside the folder; none of what is no folder."""
     fs, path = resolve(uri)
-    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
     if fs.get_file_info(path).type != pafs.FileType.Directory:
         return {}
-    found = {info.path[len(path) :].lstrip("/"): info.size for info in fs.get_file_info(selector)}
-    return {name: size for name, size in sorted(found.items()) if name.endswith(".parquet")}
+    return {name: size for name, size, _ in listing(uri) if name.endswith(".parquet")}
 
 
 def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:

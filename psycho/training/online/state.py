@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -175,5 +174,5 @@ def save_optimizer(engine: Any, folder: str) -> None:
 
 def load_optimizer(engine: Any, policy: str) -> None:
     """Go on with the state beside a trained policy; collective."""
-    folder = storage.join(policy.removesuffix(PurePosixPath(policy).name), "optimizer")
+    folder = storage.join(policy.rpartition("/")[0], "optimizer")
     engine.load_checkpoint(local_model(folder), tag=_TAG)
