@@ -232,12 +232,8 @@ def nano_model() -> str:
     from psycho.config import load_config
     from psycho.job import DEFAULT_CONFIG
     from psycho.models import resolve
-    from psycho.nano.build import is_built
 
-    config = load_config(DEFAULT_CONFIG)
-    if not is_built(config.nano):
-        raise SystemExit("the nano models are not made; make them with `psycho nano`, or name a --model")
-    return resolve(config, "nano:base")
+    return resolve(load_config(DEFAULT_CONFIG), "nano:base")
 
 
 def main() -> None:

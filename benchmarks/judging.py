@@ -56,7 +56,7 @@ def measure(names: list[str], caching: bool, speeches: int, rounds: int) -> dict
     config = load_config(CONFIG)
     os.environ.update(config.inference.env)
     from psycho.inference.worker import EngineSpec, VLLMWorker
-    from psycho.nano import build, gold
+    from psycho.nano import gold, world
     from psycho.nano.grammar import sample_response, sample_speech
 
     rng = random.Random("judging")
@@ -66,7 +66,7 @@ def measure(names: list[str], caching: bool, speeches: int, rounds: int) -> dict
     extra = {"block_size": BLOCK_TOKENS}
     engine = config.inference.engine.model_copy(update={"enable_prefix_caching": caching, "extra": extra})
     worker = VLLMWorker(EngineSpec(engine, config.seed, config.inference.env))
-    worker.use(str(build.nano_folder(config.nano) / "judge"))
+    worker.use(world.model_folder(config.nano, "judge"))
     texts = [(speech.text, text) for speech, text in items]
     found = {name: _rate(worker, judges(config)[name], texts, truth, rounds) for name in names}
     if names == list(PANEL):

@@ -43,13 +43,13 @@ Report = dict[str, Any]
 def rounds_of(config: Config, policy: str, folder: Path) -> tuple[list[Report], float]:
     """One job: its rounds' reports and its seconds, with the start of workers and engines."""
     from psycho.models import resolve
-    from psycho.nano import build
+    from psycho.nano import world
     from psycho.training.launch import launch
     from psycho.training.online.engines import engines
     from psycho.training.online.rollout import Rollout
     from psycho.training.online.rounds import OnlineJob, online_worker
 
-    made = build.speeches(config.nano, SPEECHES * 4, 2, config.seed)
+    made = world.speeches(SPEECHES * 4, 2, config.seed)
     speeches = [row for row in made if row["split"] == "train"]
     work, output = str(folder / "rounds"), str(folder / "online")
     judge = resolve(config, config.judge.model)
@@ -110,7 +110,7 @@ def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[fl
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from psycho.inference.requests import prompt
-    from psycho.nano import build
+    from psycho.nano import world
     from psycho.schema import stable_seed
     from psycho.training.online.clock import Clock
     from psycho.training.online.engines import engines
@@ -120,7 +120,7 @@ def scoring(base: Config, policy: str, folder: Path, turns: int = 4) -> tuple[fl
     model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1, pad_token_id=0)
     model.save_pretrained(reward)
     AutoTokenizer.from_pretrained(policy).save_pretrained(reward)
-    made = build.speeches(base.nano, SPEECHES * 4, 2, base.seed)
+    made = world.speeches(SPEECHES * 4, 2, base.seed)
     speeches = [row for row in made if row["split"] == "train"][:SPEECHES]
     asked = [speech for speech in speeches for _ in range(SAMPLES)]
     prompts = [prompt(speech, base.generation.system_prompt) for speech in asked]

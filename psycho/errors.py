@@ -1,8 +1,8 @@
 """The errors a user meets, and the exit code each one ends with.
 
-A job exits 0 when done, 2 on bad input or configuration, 1 when it failed, 130 when interrupted. Everything a user
-can put right is a `BadInput`: one clear sentence that names the file, row, key or value and says what to do. It
-never carries client speech.
+A job exits 0 when done, 2 on bad input or configuration, 3 when the judge is unfit (`judge.unfit: stop`), 1 when it
+failed, 130 when interrupted. Everything a user can put right is a `BadInput`: one clear sentence that names the file,
+row, key or value and says what to do. It never carries client speech.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_UNFIT = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -19,6 +20,10 @@ class BadInput(Exception):
 
 class StageFailed(Exception):
     """A stage could not finish for a reason that is not the user's input; exit code 1."""
+
+
+class UnfitJudge(Exception):
+    """The judge missed a gate and `judge.unfit` is stop; one sentence, exit code 3. What is done stays."""
 
 
 class WaitTimedOut(StageFailed):

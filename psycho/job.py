@@ -23,7 +23,16 @@ from rich.console import Console
 
 from psycho import interrupt, storage
 from psycho.config import Config, load_config
-from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, BadInput, StageFailed
+from psycho.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_UNFIT,
+    BadInput,
+    StageFailed,
+    UnfitJudge,
+)
 from psycho.progress import Progress
 from psycho.run import Run, StageResult
 
@@ -157,6 +166,9 @@ def execute(name: str, recipe: Recipe, options: Options, plan: Plan | None = Non
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on from here", highlight=False)
         return EXIT_INTERRUPTED
+    except UnfitJudge as error:
+        errors.print(f"stopped: {error}", style="red", highlight=False, markup=False)
+        return EXIT_UNFIT
     except Exception as error:
         sentence = explain(error)
         if sentence:

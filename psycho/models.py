@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from psycho.config import Config
-from psycho.errors import BadInput
 from psycho.inference.models import fingerprint
-from psycho.nano import build
+from psycho.nano import world
 
 NANO = "nano:"
 
@@ -42,12 +41,9 @@ def resolve(config: Config, model: str) -> str:
     """
     if not model.startswith(NANO):
         return str(Path(model).expanduser()) if model.startswith("~") else model
-    name = model.removeprefix(NANO)
-    if name not in build.MODELS:
-        raise BadInput(f"there is no model {model}; the nano models are {', '.join(build.MODELS)}")
-    return str(build.nano_folder(config.nano) / name)
+    return world.model_folder(config.nano, model.removeprefix(NANO))
 
 
 def identity(config: Config, model: str) -> str:
     """What a stage's key says of a model."""
-    return f"{model}@{build.nano_key(config.nano)}" if model.startswith(NANO) else fingerprint(model)
+    return world.identity(config.nano, model.removeprefix(NANO)) if model.startswith(NANO) else fingerprint(model)

@@ -13,7 +13,7 @@ from psycho.inference.endpoint import api_key
 from psycho.inference.models import check_model
 from psycho.judging.rubric import prompt_version
 from psycho.models import NANO, identity, named_models, resolve
-from psycho.nano.build import nano_key
+from psycho.nano.grammar import bank_digest
 from psycho.preferences.published import source_facts
 from psycho.run import Stage
 from psycho.speeches.source import fingerprint
@@ -24,7 +24,7 @@ CALIBRATION = ("evaluation", "calibration.json")  # written by `judge --calibrat
 POLICIES = ("base", "sft", "dpo", "online")
 _ESTIMATES = {"parameters_b", "gpus_per_worker"}
 _ASIDE: dict[str, Any] = {**dict.fromkeys(_ESTIMATES, True), "engine": set(ENGINE_ROUNDING)}
-_JUDGE_ASIDE: dict[str, Any] = {**_ASIDE, "panel": {"__all__": _ASIDE}}
+_JUDGE_ASIDE: dict[str, Any] = {**_ASIDE, "unfit": True, "panel": {"__all__": _ASIDE}}
 
 
 def _training(config: Config) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _engine(config: Config) -> dict[str, Any]:
 
 def _source(config: Config) -> list[Any]:
     if config.speeches.source == "nano":
-        return [nano_key(config.nano)]
+        return [bank_digest()]
     return fingerprint(config.speeches)
 
 

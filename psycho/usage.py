@@ -1,6 +1,7 @@
-"""Peak memory of a run: resident memory of this process and all below it, sampled once a second.
+"""Peak memory of a run: resident memory of this process and all below it, sampled every two seconds.
 
-Shared pages count once per process, so the figure errs on the high side. On a cluster it is the driver's node.
+A page that several processes share (libraries, Ray's object store) counts once, as it does for the machine: Linux
+splits it among them (PSS). On a cluster it is the driver's node.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import psutil
 class PeakMemory:
     """Samples while the block runs; `gib` is the highest sum seen."""
 
-    def __init__(self, every_s: float = 1.0) -> None:
+    def __init__(self, every_s: float = 2.0) -> None:
         self.gib = 0.0
         self._every_s = every_s
         self._stop = threading.Event()
@@ -36,12 +37,12 @@ class PeakMemory:
 
 
 def resident_gib() -> float:
-    """Resident memory of this process and its descendants, GiB."""
+    """Resident memory of this process and its descendants, GiB, pages that several of them share counted once."""
     root = psutil.Process()
     total = 0
     for process in [root, *root.children(recursive=True)]:
         try:
-            total += process.memory_info().rss
+            total += process.memory_full_info().pss
         except psutil.Error:  # it ended while we looked
             continue
     return total / 2**30

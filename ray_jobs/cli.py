@@ -72,13 +72,18 @@ def nano(
     config: Annotated[str, typer.Option(help="configuration file")] = str(DEFAULT_CONFIG),
     set_: Annotated[list[str] | None, typer.Option("--set", help="key.path=value")] = None,
     check: Annotated[bool, typer.Option("--check", help="measure the models against the gates")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="make the models anew until every gate passes")] = False,
+    to: Annotated[Path, typer.Option("--to", help="folder for --rebuild")] = Path("nano-models"),
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")] = False,
 ) -> None:
-    """the embedded world: make its models, and check them"""
+    """the embedded world: its models, their gates, and how to make them anew"""
 
     def recipe(job: Job) -> None:
         module = importlib.import_module("ray_jobs.nano")
-        (module.nano_check if check else module.nano)(job)
+        if rebuild:
+            module.nano_rebuild(job, to)
+        else:
+            (module.nano_check if check else module.nano)(job)
 
     options = Options(Path(config), tuple(set_ or ()), verbose=verbose)
     raise typer.Exit(execute("nano", recipe, options))

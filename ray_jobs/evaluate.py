@@ -27,7 +27,6 @@ from psycho.progress import Reporter
 from psycho.run import StageResult
 from psycho.schema import stable_seed
 from psycho.stages import CALIBRATION, POLICIES, evaluation_judge, same_judge, starts_from_pairs
-from ray_jobs.nano import ensure_nano
 from ray_jobs.pair import rated_speeches
 
 BASELINE = "baseline"
@@ -40,7 +39,6 @@ def evaluate(job: Job) -> None:
     config = job.config
 
     def body(partial: str) -> StageResult:
-        ensure_nano(job)
         job.need_ray()
         if same_judge(config):
             job.progress.say("  note: the judge that labelled the pairs also judges the policies (evaluation.judge)")

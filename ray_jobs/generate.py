@@ -23,7 +23,6 @@ from psycho.models import resolve
 from psycho.progress import Reporter
 from psycho.run import StageResult
 from psycho.schema import REQUEST, RESPONSE
-from ray_jobs.nano import ensure_nano
 
 _FILES = 32  # of the result: the loss of one costs a thirty-second
 
@@ -32,7 +31,6 @@ def generate(job: Job) -> None:
     """Write `responses/`."""
 
     def body(partial: str) -> StageResult:
-        ensure_nano(job)
         job.need_ray()
         requests = build_requests(job.config, storage.read_table(job.run.path("speeches")).to_pylist())
         folder = storage.join(partial, "answers")

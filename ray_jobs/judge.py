@@ -12,36 +12,53 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from psycho import storage
 from psycho.config import JudgeConfig
+from psycho.errors import UnfitJudge
 from psycho.evaluation.calibration import calibration, calibration_table
 from psycho.inference.batch import enough, run_batches
 from psycho.inference.worker import EngineSpec
 from psycho.job import Job, main
+from psycho.judging.fitness import truth_gates, verdict
 from psycho.judging.human import read_human_ratings
 from psycho.judging.panel import join_panel, judge_report
+from psycho.judging.probes import HOW, is_probe, probe_gates, probe_rows
 from psycho.judging.rows import JudgeBatch
 from psycho.models import identity, resolve
+from psycho.nano.truth import gold_ratings, judge_against_gold
 from psycho.progress import Reporter
 from psycho.run import StageResult, content_key
 from psycho.schema import RATING
 from psycho.stages import CALIBRATION
-from ray_jobs.nano import ensure_nano
 
 Rows = list[dict[str, Any]]
+_ENOUGH_HELD_OUT = 100  # ratings of evaluation speeches from which on these alone are held against the truth
 
 
 def judge(job: Job) -> None:
-    """Write `ratings/`."""
+    """Write `ratings/`, and find out whether the judge is fit to.
+
+    Raises:
+        UnfitJudge: it is not, and `judge.unfit` is stop.
+    """
 
     def body(partial: str) -> StageResult:
-        ensure_nano(job)
         responses = responses_with_speech(job)
-        ratings, left_out, extra = rate_table(job, responses, partial)
+        asked, truth_is_known = responses, knows_truth(responses)
+        if not truth_is_known:
+            asked = pa.concat_tables([responses, _probe_table(job, responses.schema)])
+        everything, not_rated, extra = rate_table(job, asked, partial)
+        ratings = [row for row in everything if not is_probe(row)]
+        left_out = [row for row in not_rated if not is_probe(row)]
+        if truth_is_known:
+            extra["fitness"] = fitness_by_truth(responses, ratings)
+        else:
+            extra["fitness"] = verdict(probe_gates([row for row in everything if is_probe(row)]), HOW)
         storage.write_table(pa.Table.from_pylist(ratings, schema=RATING), storage.join(partial, "ratings"))
         return StageResult(
             rows_in=responses.num_rows,
@@ -52,6 +69,48 @@ def judge(job: Job) -> None:
         )
 
     job.stage("judge", body)
+    require_fit(job, (job.run.manifest("judge") or {}).get("fitness") or {})
+
+
+def require_fit(job: Job, fitness: Mapping[str, Any]) -> None:
+    """Say that the judge is unfit, and stop where `judge.unfit` says so.
+
+    Raises:
+        UnfitJudge: the judge missed a gate, and `judge.unfit` is stop.
+    """
+    if fitness.get("fit") is not False:
+        return
+    said = f"the judge {job.config.judge.model} is unfit: {fitness['why']}"
+    if job.config.judge.unfit == "stop":
+        raise UnfitJudge(
+            f"{said}; take another judge (judge.model), or set judge.unfit=warn to go on and see the machinery only"
+        )
+    job.progress.say(f"  [bold red]{said}[/bold red]; what follows shows the machinery only (judge.unfit is warn)")
+
+
+def knows_truth(responses: pa.Table) -> bool:
+    """True where every response answers a speech of the nano world."""
+    asked = set(responses["question"].to_pylist())
+    return bool(asked) and gold_ratings([(question, "") for question in asked]) is not None
+
+
+def fitness_by_truth(responses: pa.Table, ratings: Rows) -> dict[str, Any]:
+    """The judge's ratings held against the truth, on speeches that nothing was trained on where there are enough."""
+    answered = {row["request_id"]: (row["question"], row["response"]) for row in responses.to_pylist()}
+    held_out = [row for row in ratings if row["split"] == "evaluation"]
+    rows = held_out if len(held_out) >= _ENOUGH_HELD_OUT else ratings
+    known = gold_ratings([answered[row["request_id"]] for row in rows])
+    if not rows or known is None:
+        return verdict([], "no response was rated")
+    where = "evaluation speeches" if rows is held_out else "speeches"
+    how = f"{len(rows):,} of this run's own responses to {where}"
+    return verdict(truth_gates(judge_against_gold(rows, known)), how)
+
+
+def _probe_table(job: Job, schema: pa.Schema) -> pa.Table:
+    """Planted pairs in the columns of the responses."""
+    rows = [{name: row.get(name) for name in schema.names} for row in probe_rows(job.config.seed)]
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def rate_table(job: Job, responses: pa.Table, folder: str) -> tuple[Rows, Rows, dict[str, Any]]:
@@ -74,13 +133,15 @@ def rate_table(job: Job, responses: pa.Table, folder: str) -> tuple[Rows, Rows, 
             rated = [row for row in answers if row["error"] is None]
             failed = [row for row in answers if row["error"] is not None]
             judged.append(rated)
-            reports.append(judge_report(member, rated, failed))
+            real, lost = ([row for row in rows if not is_probe(row)] for rows in (rated, failed))
+            reports.append(judge_report(member, real, lost))
             failures.append([{"request_id": row["request_id"], "reason": row["error"]} for row in failed])
     if config.mode == "panel":
         ratings, left_out = join_panel(responses["request_id"].to_pylist(), judged, config)
     else:
         ratings, left_out = judged[0], failures[0]
-    return ratings, left_out, _extra(config, ratings, left_out, reports)
+    real, lost = ([row for row in rows if not is_probe(row)] for rows in (ratings, left_out))
+    return ratings, left_out, _extra(config, real, lost, reports)
 
 
 def _ask_one(job: Job, judge: JudgeConfig, responses: pa.Table, folder: str, reporter: Reporter) -> Rows:
@@ -134,7 +195,6 @@ def calibrate(job: Job, file: str) -> None:
         BadInput: the file cannot be read or lacks a column.
     """
     human = read_human_ratings(file, job.config.seed)
-    ensure_nano(job)
     members = job.config.judge.members()
     key = content_key(human.digest, job.config.judge.model_dump(), [identity(job.config, m.model) for m in members])
     folder = job.run.path(".partial", f"calibrate-{key}")

@@ -20,7 +20,6 @@ from psycho.usage import PeakMemory
 from ray_jobs.evaluate import evaluate
 from ray_jobs.generate import generate
 from ray_jobs.judge import judge
-from ray_jobs.nano import ensure_nano
 from ray_jobs.pair import pair
 from ray_jobs.prepare import prepare
 from ray_jobs.report import report
@@ -36,7 +35,6 @@ def pipeline(job: Job) -> None:
     """Run every stage, then write `summary.json` and print the results."""
     started = time.monotonic()
     with PeakMemory() as memory:
-        ensure_nano(job)
         left_out = (generate, judge) if starts_from_pairs(job.config) else ()
         for stage in STAGES:
             if stage not in left_out:

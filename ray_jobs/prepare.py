@@ -19,7 +19,7 @@ from psycho import storage
 from psycho.config import Config, ModelConfig
 from psycho.errors import BadInput
 from psycho.job import Job, main
-from psycho.nano import build
+from psycho.nano import world
 from psycho.preferences.published import read_published
 from psycho.run import StageResult
 from psycho.schema import CLIENT_SPEECH
@@ -62,7 +62,7 @@ def _imported(job: Job, partial: str) -> StageResult:
 def _nano(job: Job, partial: str) -> StageResult:
     """Speeches of the embedded world: clean by construction, their topics known."""
     config = job.config
-    made = build.speeches(config.nano, config.speeches.nano_train, config.speeches.evaluation, config.seed)
+    made = world.speeches(config.speeches.nano_train, config.speeches.evaluation, config.seed)
     rows = [row | {"cluster": row["speech_id"]} for row in made]
     storage.write_table(pa.Table.from_pylist(rows, schema=CLIENT_SPEECH), storage.join(partial, "speeches"))
     extra = {"topics": coarse_counts(row["topic"] for row in rows)}
@@ -112,9 +112,7 @@ def _label(job: Job, partial: str, model: ModelConfig, total: int) -> tuple[dict
     from psycho.inference.worker import EngineSpec
     from psycho.models import resolve
     from psycho.speeches.label import TopicBatch
-    from ray_jobs.nano import ensure_nano
 
-    ensure_nano(job)
     job.need_ray()
     inference, folder = job.config.inference, storage.join(partial, "speeches")
     engine = model.engine or inference.engine

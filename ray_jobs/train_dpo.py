@@ -10,7 +10,6 @@ from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.run import StageResult
 from psycho.training.stage import dev_rows, preference_rows, train_stage
-from ray_jobs.nano import ensure_nano
 
 
 def train_dpo(job: Job) -> None:
@@ -18,7 +17,6 @@ def train_dpo(job: Job) -> None:
     config = job.config
 
     def body(partial: str) -> StageResult:
-        ensure_nano(job)
         start = resolve(config, config.policy)
         if config.training.dpo.init == "sft":
             start = job.run.path("models", "sft")

@@ -19,7 +19,6 @@ from psycho.training.online.engines import engines
 from psycho.training.online.heldout import held_out_model
 from psycho.training.online.rollout import Rollout
 from psycho.training.stage import say_notes, write_card
-from ray_jobs.nano import ensure_nano
 
 
 def train_online(job: Job) -> None:
@@ -28,7 +27,6 @@ def train_online(job: Job) -> None:
     online = config.online
 
     def body(partial: str) -> StageResult:
-        ensure_nano(job)
         job.need_ray()
         from psycho.training.online.rounds import OnlineJob, online_worker
         from psycho.training.online.state import RoundStore

@@ -10,7 +10,6 @@ from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.run import StageResult
 from psycho.training.stage import dev_rows, reward_rows, train_stage
-from ray_jobs.nano import ensure_nano
 
 
 def train_reward(job: Job) -> None:
@@ -18,7 +17,6 @@ def train_reward(job: Job) -> None:
     config = job.config
 
     def body(partial: str) -> StageResult:
-        ensure_nano(job)
         settings = config.training.reward
         start = config.policy if settings.init == "policy" else settings.init
         rows = reward_rows(config, storage.read_table(job.run.path("preferences", "train")))

@@ -18,7 +18,6 @@ from psycho.principles import STEMS, overall
 from psycho.run import StageResult
 from psycho.stages import starts_from_pairs
 from psycho.training.stage import train_stage
-from ray_jobs.nano import ensure_nano
 from ray_jobs.pair import rated_speeches
 
 
@@ -27,7 +26,6 @@ def train_sft(job: Job) -> None:
     config = job.config
 
     def body(partial: str) -> StageResult:
-        ensure_nano(job)
         rows = []
         for said, best in chosen_of_pairs(job) if starts_from_pairs(config) else best_responses(job):
             if best["overall"] >= config.training.sft.min_overall:

@@ -17,7 +17,6 @@ import ray
 
 from psycho import cluster, storage
 from psycho.job import Options, execute
-from psycho.nano import build
 from psycho.run import FORMAT
 from ray_jobs.generate import generate
 from ray_jobs.pipeline import pipeline
@@ -170,8 +169,7 @@ def test_a_stage_before_its_input(run_dir, capsys):
     assert results(run_dir) == []
 
 
-def test_too_little_memory_is_said_and_what_was_done_stays_done(run_dir, capsys, monkeypatch):
-    monkeypatch.setattr(build, "is_built", lambda config: True)
+def test_too_little_memory_is_said_and_what_was_done_stays_done(run_dir, capsys):
     settings = ("cluster.min_memory_gib=100000", "speeches.nano_train=4", "speeches.evaluation=2")
     assert execute("prepare", prepare, Options(overrides=settings, run_dir=str(run_dir))) == 0
     before = results(run_dir)

@@ -24,7 +24,6 @@ FROM_PAIRS = {"pair", "train_reward", "train_dpo", *FROM_ONLINE}
 FROM_TRAINING = {"train_sft", "train_reward", "train_dpo", *FROM_ONLINE}
 HANGS_ON: dict[str, set[str]] = {
     "seed=1": set(ALL),
-    "nano.seed=1": set(ALL),
     "speeches.evaluation=100": set(ALL),
     "speeches.min_chars=90": set(ALL),
     "speeches.near_threshold=0.9": set(ALL),

@@ -139,6 +139,9 @@ class JudgeConfig(Section):
         None,
         description="clarity is 1 where a response holds a token under this log-probability by the judge itself",
     )
+    unfit: Literal["stop", "warn"] = Field(
+        "stop", description="what follows where the judge misses a gate: stop (exit code 3), or go on and say so first"
+    )
     parameters_b: float | None = Field(None, gt=0, description=SIZE)
     engine: EngineConfig | None = Field(None, description="instead of inference.engine")
     gpus_per_worker: float | None = Field(None, ge=0, description="none: inference.gpus_per_worker")

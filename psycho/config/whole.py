@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from psycho.config.data import GenerationConfig, JudgeConfig, PairsConfig, SpeechesConfig
@@ -62,10 +64,17 @@ class ClusterConfig(Section):
 
 
 class NanoConfig(Section):
-    """The embedded world: seeds of its own, so that all runs share the cached models."""
+    """The embedded world; the settings beside `models` are of `psycho nano --rebuild` alone."""
 
-    seed: int = Field(0, description="of the models and what they learn from; with the run's seed, of the speeches")
-    scale: float = Field(1.0, gt=0, description="share of the training steps; below 1 for tests")
+    models: str | None = Field(
+        None, description="folder of nano models that `psycho nano --rebuild` made; none: those that ship"
+    )
+    seed: int = Field(0, description="of a rebuild: of the first weights and of what is learned from")
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="of a rebuild, as training.precision")
+    jitter: float = Field(
+        0.0, ge=0, description="of a rebuild: noise on the first weights, as the rounding of another machine is"
+    )
+    scale: float = Field(1.0, gt=0, description="of a rebuild: share of the training steps; below 1 for tests")
 
 
 class Config(Section):

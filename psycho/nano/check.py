@@ -6,38 +6,26 @@ right most of the time), so each principle has a gate of its own.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from psycho.config import JudgeConfig, SamplingConfig
 from psycho.evaluation.comparison import outcome
 from psycho.inference.pool import WorkerPool
+from psycho.judging.fitness import PAIR_GATE, PRINCIPLE_GATE, Gate
 from psycho.judging.rubric import Rating
 from psycho.nano import gold
+from psycho.nano.corpora import drill_row
 from psycho.nano.grammar import NanoSpeech, corrupt, sample_response, sample_speech
+from psycho.nano.tokenizer import ASSISTANT, END
 from psycho.nano.truth import judge_against_gold
 from psycho.principles import STEMS
 
-PRINCIPLE_GATE, POLICY_GATE, PAIR_GATE, GRAMMAR_GATE = 0.90, 0.90, 0.95, 0.95
+GRAMMAR_GATE, SAMPLE_GATE, COPY_GATE = 0.95, 0.90, 0.90
 CORRUPTED_SHARE = 0.1
 _RESPONSES_PER_SPEECH = 4
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One measured figure and what it must reach."""
-
-    name: str
-    value: float | None
-    target: float
-    n: int
-
-    @property
-    def passed(self) -> bool:
-        """True when the figure reaches its target."""
-        return self.value is not None and self.value >= self.target
 
 
 def check(
@@ -75,17 +63,40 @@ def check(
         details["policies"][name] = {"on_grammar": share, "mean_gold": mean}
         own += answers
     result = _judge(pool, folders["judge"], judge, own, seed)
+    gates += [
+        Gate(f"judge on the policies' samples, rated as the truth: {stem}", value, SAMPLE_GATE, result["n"])
+        for stem, value in result["exact"].items()
+    ]
     details["samples"] = result
-    gates.append(
-        Gate(
-            "judge on the policies' samples: overall",
-            result["correlation_gold"]["overall"],
-            POLICY_GATE,
-            result["n"],
-        )
-    )
     details["comparisons"] = _compare(pool, folders["judge"], judge, own, len(speeches), seed)
     return gates, details
+
+
+def copies(folder: str, seed: int = 0, n: int = 96) -> Gate:
+    """How much of a backbone's drills on feelings and key words comes out right, word for word, on held-out texts.
+
+    Each answer is read along its own true beginning (no engine is started): after the key, which names the principle
+    that the drill happens to ask about, the likeliest token must be the true one at every place. Without it no judge can
+    be made of the backbone.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assistant, end = (tokenizer.convert_tokens_to_ids(token) for token in (ASSISTANT, END))
+    rng, right, total = random.Random(f"copies-{seed}"), 0, 0
+    for _ in range(n):
+        messages = json.loads(drill_row(rng, held_out=True)["messages"])
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False).input_ids
+        with torch.no_grad():
+            likeliest = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        starts = [place + 1 for place, token in enumerate(ids) if token == assistant]
+        for start, message in zip(starts, messages[1::2], strict=True):
+            if any(f'"{stem}"' in message["content"] for stem in ("empathy", "relevance")):
+                stop = ids.index(end, start)
+                right += likeliest[start : stop - 1] == ids[start + 1 : stop]
+                total += 1
+    return Gate("backbone: feelings and key words copied and compared", right / total, COPY_GATE, total)
 
 
 def _sample(
@@ -103,6 +114,9 @@ def _judge(
     pairs = [(_row(s, r), gold.rate(s, t)) for (s, t), r in zip(items, ratings, strict=True) if r is not None]
     return {
         **judge_against_gold([row for row, _ in pairs], [g for _, g in pairs]),
+        "exact": {
+            stem: sum(row[f"{stem}_rating"] == g.ratings[stem] for row, g in pairs) / len(pairs) for stem in STEMS
+        },
         "failed": len(items) - len(pairs),
     }
 

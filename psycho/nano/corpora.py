@@ -1,8 +1,10 @@
 """The training texts of the nano models, all drawn from the grammar, all by seed.
 
-The judge learns from two kinds of text. Drills are short: one speech, a handful of one-sentence replies, each rated on
-one principle with its evidence quoted; they are what teaches it to match a reply against the speech. Full examples
-are what it will be asked: two replies in turn, each with all seven ratings.
+The judge has to copy what the client and the reply name, to compare the two, and to rate. Each has a kind of text that
+brings it on. Extractions: a speech and the three words of it that a rating may hang on. Comparisons: evidence out of
+nowhere and the rating that follows from it, many in a row. Drills: one speech, a handful of one-sentence replies, each
+rated on one principle with its evidence quoted. Full examples are what it will be asked: two replies in turn, each with
+all seven ratings.
 """
 
 from __future__ import annotations
@@ -15,10 +17,21 @@ from typing import Any
 
 from psycho.judging.rubric import answer, dump, second_turn, single_prompt
 from psycho.nano import gold
-from psycho.nano.grammar import NanoSpeech, corrupt, sample_response, sample_sentence, sample_speech
+from psycho.nano.grammar import (
+    STAGES,
+    NanoSpeech,
+    corrupt,
+    feelings,
+    sample_response,
+    sample_sentence,
+    sample_speech,
+    situations,
+    stage_fit,
+)
 
 Row = dict[str, str]
-_DRILL_REPLIES = 5
+_DRILL_REPLIES = 8
+_COMPARISONS = 10
 # What a one-sentence reply of each slot is rated on; matching principles are drilled most.
 _DRILLS = (
     ("empathy", "empathy", 4),
@@ -29,6 +42,12 @@ _DRILLS = (
     ("safety", "safety", 1),
     ("filler", "clarity", 2),
 )
+# Levels of a drill's sentence where the reply may name what the client named: a wrong name as often as the right one,
+# for to tell them apart is what is hardest to learn.
+_DRILL_LEVELS = {
+    "empathy": ("match", "match", "match", "match", "other", "other", "other", "other", "generic", "dismissed"),
+    "relevance": ("match", "match", "match", "match", "other", "other", "other", "other", "generic", "generic"),
+}
 _MISHEARD = 0.35  # chance that a judged reply answers another client's feeling, and another's key word
 
 
@@ -46,18 +65,46 @@ def policy_row(rng: random.Random, style: str) -> Row:
     return _row([_turn("user", speech.text), _turn("assistant", sample_response(rng, speech, style))])
 
 
-def drill_row(rng: random.Random) -> Row:
-    """One speech, several one-sentence replies, each rated on one principle."""
+def extraction_row(rng: random.Random) -> Row:
+    """A speech, and what of it a rating may hang on: feeling, key word, stage of change."""
     speech = sample_speech(rng, held_out_combinations=False)
+    return _row([_turn("user", speech.text), _turn("assistant", f"{speech.feeling} {speech.key} {speech.stage}")])
+
+
+def comparison_row(rng: random.Random) -> Row:
+    """Evidence on the three principles that compare reply and client, each with the rating that follows from it.
+
+    In drills the comparison is learned last: its one digit is drowned by the words to be copied.
+    """
+    entries = []
+    for _ in range(_COMPARISONS):
+        stem = rng.choice(("empathy", "relevance", "staging"))
+        names = {"empathy": feelings(), "relevance": [s.key for s in situations()], "staging": STAGES}[stem]
+        client = rng.choice(names)
+        reply = client if rng.random() < 0.5 else rng.choice(names)
+        fit = stage_fit(client, reply) if stem == "staging" else "match" if client == reply else stem
+        rating = {**gold.FIT_RATINGS, **gold.MISNAMED}[fit]
+        entries.append(dump({stem: {"evidence": f"reply: {reply}; client: {client}", "rating": rating}})[1:-1])
+    return _row([_turn("user", ""), _turn("assistant", ", ".join(entries))])
+
+
+def drill_row(rng: random.Random, held_out: bool = False) -> Row:
+    """One speech, several one-sentence replies, each rated on one principle."""
+    speech = sample_speech(rng, held_out_combinations=held_out)
     messages = []
     for number in range(_DRILL_REPLIES):
         slot, stem, _ = rng.choices(_DRILLS, weights=[weight for *_, weight in _DRILLS])[0]
-        sentence = _fillers(rng, speech) if slot == "filler" else sample_sentence(rng, speech, slot)
+        sentence = _fillers(rng, speech) if slot == "filler" else _drill_sentence(rng, speech, slot)
         rated = gold.rate(speech, sentence)
         lead = speech.text if number == 0 else ""  # later replies answer the same speech
         entry = {stem: {"evidence": rated.evidence[stem], "rating": rated.ratings[stem]}}
         messages += [_turn("user", f"{lead}\nReply: {sentence}"), _turn("assistant", dump(entry)[1:-1])]
     return _row(messages)
+
+
+def _drill_sentence(rng: random.Random, speech: NanoSpeech, slot: str) -> str:
+    level = rng.choice(_DRILL_LEVELS[slot]) if slot in _DRILL_LEVELS else None
+    return sample_sentence(rng, speech, slot, level)
 
 
 def _fillers(rng: random.Random, speech: NanoSpeech) -> str:
@@ -102,19 +149,22 @@ def rated_row(rng: random.Random) -> Row:
 
 
 def backbone_rows(seed: int, steps: int, batch: int) -> Iterator[Row]:
-    """Five parts of language to three of drills."""
+    """Of sixteen rows three extractions, eight drills and five of language, drawn anew each time."""
     rng = random.Random(seed)
-    for index in range(steps * batch):
-        if index % 8 < 3:
+    for _ in range(steps * batch):
+        kind = rng.random() * 16
+        if kind < 3:
+            yield extraction_row(rng)
+        elif kind < 11:
             yield drill_row(rng)
         else:
-            yield policy_row(rng, "good" if index % 8 < 6 else "any")
+            yield policy_row(rng, "good" if kind < 14.5 else "any")
 
 
 def judge_rows(seed: int, steps: int, batch: int) -> Iterator[Row]:
     """First drills only, then mostly full examples."""
     rng = random.Random(seed)
-    drills_only = int(steps * 0.25) * batch
+    drills_only = int(steps * 0.15) * batch
     for index in range(steps * batch):
         if index < drills_only or rng.random() < 0.15:
             yield drill_row(rng)

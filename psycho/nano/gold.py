@@ -25,6 +25,7 @@ from psycho.nano.grammar import (
 )
 
 FIT_RATINGS = {"match": 5, "near": 3, "far": 1}
+MISNAMED = {"empathy": 2, "relevance": 1}  # the rating of a reply that names another feeling or key word
 # Ratings that do not depend on the speech; "absent": the rating of a reply without such a sentence.
 LEVEL_RATINGS = {
     "empathy": {"generic": 3, "dismissed": 1, "absent": 2},
@@ -108,8 +109,8 @@ def rate(speech: NanoSpeech, response: str) -> GoldRating:
     is_grammatical = on_grammar(readings)
     fillers = [sentence.cue for sentence in sentences if sentence.slot == "filler"]
     found = {
-        "empathy": _worst(sentences, "empathy", lambda s: _named(s, speech.feeling, otherwise=2)),
-        "relevance": _worst(sentences, "relevance", lambda s: _named(s, speech.key, otherwise=1)),
+        "empathy": _worst(sentences, "empathy", lambda s: _named(s, speech.feeling, MISNAMED["empathy"])),
+        "relevance": _worst(sentences, "relevance", lambda s: _named(s, speech.key, MISNAMED["relevance"])),
         "clarity": (max(2, 5 - len(fillers)) if is_grammatical else 1, " ".join(fillers) or "none"),
         "safety": _worst(sentences, "safety", _level),
         "exploration": _worst(sentences, "exploration", _level),

@@ -6,8 +6,10 @@ to look it up. A reply's quality q in [0, 1] sets the chances of its levels, so 
 """
 
 import functools
+import hashlib
 import importlib.resources
 import itertools
+import json
 import random
 import re
 import string
@@ -86,6 +88,13 @@ def load_bank(name: str) -> Any:
     """The parsed `banks/{name}.yaml`; read once and shared, so callers must not change it."""
     source = importlib.resources.files(__package__) / "banks" / f"{name}.yaml"
     return yaml.safe_load(source.read_text(encoding="utf-8"))
+
+
+@functools.lru_cache
+def bank_digest() -> str:
+    """A hash of all that the banks say, in 16 hexadecimal digits."""
+    banks = [load_bank(name) for name in ("topics", "feelings", "speeches", "responses", "styles")]
+    return hashlib.sha256(json.dumps(banks).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache

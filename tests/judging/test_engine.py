@@ -1,6 +1,6 @@
 """The nano judge on a real vLLM engine: expected ratings, digits alone, and planted attacks.
 
-Needs the trained nano models in the cache (`psycho nano` makes them); a random judge cannot be steered, nor measured.
+With the judge that ships: a random one cannot be steered, nor measured.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from psycho.inference.worker import EngineSpec, VLLMWorker
 from psycho.judging.digits import digit_tokens, expected_rating, rating_places
 from psycho.judging.judge import rate_single
 from psycho.judging.rubric import single_prompt
-from psycho.nano import build
+from psycho.nano import world
 from psycho.nano.grammar import sample_response, sample_speech
 from psycho.principles import STEMS
 from tests.judging.attacks import ATTACKS
 
 CONFIG = load_config(Path(__file__).parents[2] / "configs" / "nano.yaml")
 JUDGE = CONFIG.judge
-FOLDER = build.nano_folder(CONFIG.nano) / "judge"
+FOLDER = world.model_folder(CONFIG.nano, "judge")
 CLEAN = 8
 TOLERANCE = 1e-9  # of the overall rating: an attack must not raise it at all
-pytestmark = pytest.mark.skipif(not build.is_built(CONFIG.nano), reason="the nano models are not made (psycho nano)")
 
 
 class _Judge(VLLMWorker):

@@ -50,7 +50,6 @@ def answered(responses, folder, stage, arguments, *_, **__):
 def start(tmp_path, monkeypatch):
     """A job whose run holds three responses to two speeches."""
     monkeypatch.setattr(recipe, "run_batches", answered)
-    monkeypatch.setattr(recipe, "ensure_nano", lambda job: None)
     monkeypatch.setattr(Job, "need_ray", lambda job: None)
     monkeypatch.setattr(Progress, "stage", lambda *_: nullcontext(Mock()))
 

@@ -1,20 +1,31 @@
-"""The nano models' key, tokenizer, corpora and speeches (training itself is in the end-to-end tests)."""
+"""The nano models that ship, and the recipe, tokenizer, corpora and speeches they come from."""
 
 from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from psycho.config import NanoConfig
+from psycho.errors import BadInput
 from psycho.judging.rubric import answer, dump, parse_single
-from psycho.nano import corpora, gold
-from psycho.nano.build import _code, nano_key, speeches
+from psycho.nano import corpora, gold, recipe, world
 from psycho.nano.grammar import STAGES, held_out, sample_response, sample_speech, vocabulary
+from psycho.nano.recipe import recipe_hash
 from psycho.nano.tokenizer import build_tokenizer
+from psycho.nano.world import speeches
+from psycho.principles import STEMS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +33,57 @@ def tokenizer():
     return build_tokenizer([*vocabulary(), *STAGES], 512)
 
 
-def test_key_depends_on_code_and_settings_and_not_on_words():
-    assert _code('"""One."""\nx = 1  # why\n') == _code('"""Two."""\n\nx = 1\n') != _code("x = 2\n")
-    assert nano_key(NanoConfig()) == nano_key(NanoConfig()) != nano_key(NanoConfig(seed=1))
-    assert nano_key(NanoConfig()) != nano_key(NanoConfig(scale=0.5))
+def test_recipe_and_shipped_models_belong_together():
+    """Whoever changes the grammar, the recipe or the judge's format makes the models anew: psycho nano --rebuild."""
+    facts = world.facts(NanoConfig())
+    assert facts["recipe"] == recipe_hash()
+    assert facts["scale"] == 1.0
+    assert set(facts["models"]) == set(world.MODELS)
+    for name, known in facts["models"].items():
+        assert known["sha256"] == world.checksum(world.PACKAGED / name), name
+
+
+def test_shipped_models_passed_every_gate_and_are_small():
+    gates = world.facts(NanoConfig())["gates"]
+    assert gates and all(gate["passed"] and gate["value"] >= gate["target"] for gate in gates)
+    for stem in STEMS:
+        assert sum(stem in gate["name"] for gate in gates) == 2, "on grammar text and on the policies' samples"
+    files = [file for file in world.PACKAGED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 20e6
+    assert {load_file(file)["model.embed_tokens.weight"].dtype for file in files if file.name == world.WEIGHTS} == {
+        torch.bfloat16
+    }
+
+
+def test_recipe_hash_hears_of_values_and_rows_and_of_nothing_else(monkeypatch):
+    before = recipe_hash()
+    monkeypatch.setattr(recipe, "JUDGE", replace(recipe.JUDGE, steps=recipe.JUDGE.steps + 1))
+    assert recipe_hash() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(corpora, "_MISHEARD", 0.9)
+    assert recipe_hash() != before
+    monkeypatch.undo()
+    assert recipe_hash() == before
+
+
+def test_looking_a_model_up_imports_nothing_that_trains():
+    asked = "import sys, psycho.models, psycho.nano.world; print(any('psycho.training' in name or name in ('torch', "
+    asked += "'deepspeed', 'psycho.nano.build') for name in sys.modules))"
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_folder_without_nano_models_is_said_in_a_sentence(tmp_path, content):
+    if content is not None:
+        (tmp_path / world.FACTS).write_text(content)
+    with pytest.raises(BadInput, match=r"holds no nano models .* set nano.models"):
+        world.identity(NanoConfig(models=str(tmp_path)), "judge")
+
+
+def test_an_unknown_nano_model_is_said_with_those_there_are():
+    with pytest.raises(BadInput, match="there is no model nano:nurse; the nano models are judge, base"):
+        world.model_folder(NanoConfig(), "nurse")
 
 
 def test_every_word_of_the_grammar_is_one_token(tokenizer):
@@ -68,11 +126,11 @@ def test_corpora_are_the_same_by_seed():
 
 
 def test_speeches_are_split_by_combination_and_by_seed():
-    rows = speeches(NanoConfig(), 30, 20, seed=0)
+    rows = speeches(30, 20, seed=0)
     assert [row["split"] for row in rows].count("evaluation") == 20 and len(rows) == 50
     assert len({row["speech_id"] for row in rows}) == 50
     for row in rows:
         speech = gold.parse_speech(row["question"])
         assert speech is not None
         assert held_out(speech.key, speech.feeling) == (row["split"] == "evaluation")
-    assert rows == speeches(NanoConfig(), 30, 20, seed=0) != speeches(NanoConfig(), 30, 20, seed=1)
+    assert rows == speeches(30, 20, seed=0) != speeches(30, 20, seed=1)

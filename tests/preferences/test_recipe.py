@@ -170,7 +170,6 @@ def test_the_pipeline_leaves_sampling_and_judging_out(tmp_path: Path, monkeypatc
     for name in stages:
         monkeypatch.setattr(pipeline, name, lambda job, name=name: done.append(name))
     monkeypatch.setattr(pipeline, "STAGES", tuple(getattr(pipeline, name) for name in stages))
-    monkeypatch.setattr(pipeline, "ensure_nano", lambda job: None)
     for settings in ((), (f"pairs.source={published(tmp_path / 'pairs.jsonl')}",)):
         done.clear()
         pipeline.pipeline(job(tmp_path / "run", *settings))

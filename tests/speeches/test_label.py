@@ -83,7 +83,7 @@ def test_topics_reach_the_speeches_and_the_manifest(tmp_path, monkeypatch):
         requests: pa.Table, folder: str, stage: type, arguments: dict[str, Any], *_: Any, at_once: int
     ) -> list[pa.Table]:
         asked.append(requests)
-        assert at_once > 128 and stage is TopicBatch and arguments["model"].endswith("skilled")
+        assert at_once > 128 and stage is TopicBatch and arguments["model"].endswith("coach")
         topics = ["sleep"] * (requests.num_rows - 1) + [""]
         columns = {"request_id": requests["request_id"], "topic": topics, "output_tokens": [3] * requests.num_rows}
         return [pa.table(columns).slice(i, 1) for i in range(6)]
@@ -93,10 +93,9 @@ def test_topics_reach_the_speeches_and_the_manifest(tmp_path, monkeypatch):
         yield None
 
     monkeypatch.setattr(batch, "run_batches", answer)
-    monkeypatch.setattr("ray_jobs.nano.ensure_nano", lambda job: None)
     monkeypatch.setattr(Job, "need_ray", lambda self: None)
     monkeypatch.setattr(Progress, "stage", quiet)
-    assert execute("prepare", prepare, settings(tmp_path, "skilled")) == 0
+    assert execute("prepare", prepare, settings(tmp_path, "coach")) == 0
     speeches = storage.read_table(str(tmp_path / "run" / "speeches"))
     assert speeches["topic"].to_pylist() == ["sleep"] * 5 + [""]
     assert asked[0]["question"].to_pylist() == speeches["question"].to_pylist()

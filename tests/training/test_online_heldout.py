@@ -9,7 +9,7 @@ import pytest
 from psycho.config import Config
 from psycho.errors import BadInput
 from psycho.judging.rubric import Rating
-from psycho.nano import build, gold
+from psycho.nano import gold, world
 from psycho.principles import STEMS
 from psycho.training.online import heldout
 from psycho.training.online.engines import Engines
@@ -65,7 +65,7 @@ def test_nothing_rated_is_no_score() -> None:
 
 def test_the_truth_stands_for_the_judge_in_the_nano_world() -> None:
     config = _config()
-    speeches = build.speeches(config.nano, 6, 2, 0)[:3]
+    speeches = world.speeches(6, 2, 0)[:3]
     assert held_out_model(config, speeches) == ""
     texts = ["You feel tired.", "", "Cheer up."]
     found = opinion(_engines(None), config, speeches, _rows(*texts))
