@@ -96,12 +96,12 @@ with_uv = $(pip_install) --quiet --constraint $(LOCK) uv && $(call install_set,$
 pip_goes_on = uv did not install the set (see above), so pip does.
 
 # What the CPU set holds is held here as well, wherever a CUDA package does not want another version: uv keeps the
-# versions that it finds in its output. Wheels must run on glibc 2.28. The comment on top is kept.
+# versions that it finds in its output. Wheels must run on glibc 2.31. The comment on top is kept.
 # uv is asked as it is, so that wheels which pip is told of on this machine (torch for the CPU) stay out.
 define resolve_gpu
 lock=$$(mktemp -d) && cp $(CPU_LOCK) $$lock/gpu.txt && grep '^setuptools==' $(CPU_LOCK) > $$lock/build.txt && \
 $(BIN)/uv pip compile pyproject.toml --extra gpu --extra dev --constraint $$lock/build.txt \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_31 --no-header --no-annotate --quiet \
 	--no-emit-index-url --output-file $$lock/gpu.txt > /dev/null && \
 sed '/^[^#]/,$$d' $(GPU_LOCK) > $$lock/top.txt && cat $$lock/top.txt $$lock/gpu.txt > $(GPU_LOCK); \
 status=$$?; rm -r $$lock; exit $$status
