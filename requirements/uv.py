@@ -1,5 +1,5 @@
-"""`uv pip` for `make install`, told what pip is told: people set up an index or wheels on a disk for pip, and uv looks at
-neither pip's variables nor its files. Where pip has a setting that has no counterpart here this ends with 3 and
+"""`uv pip` for `make install`, told what pip is told: people set up an index or wheels on a disk for pip, and uv looks
+at neither pip's variables nor its files. Where pip has a setting that has no counterpart here this ends with 3 and
 names it, and the Makefile lets pip install: slower, and sure.
 
     .venv/bin/python requirements/uv.py install --python .venv/bin/python -r requirements/cpu.txt
