@@ -3,17 +3,22 @@
 # Variables: ARGS      more arguments for run and serve, e.g. ARGS="--set training.dpo.beta=0.2"
 #            CONFIG    the configuration of run and serve
 #            PYTHON    the Python 3.11 to build the environment from
-#            PIP_ARGS  more arguments for pip. Where no CPU build of torch is on offer pip takes a CUDA build: larger,
+#            LOCK      the set: requirements/cpu.txt, or requirements/gpu.txt for a machine with GPUs
+#            INSTALLER uv, which is told what pip's settings say and gives way to pip where it fails; or pip alone
+#            PIP_ARGS  more arguments for both. Where no CPU build of torch is on offer a CUDA build is taken: larger,
 #                      works too. To avoid it: PIP_ARGS="--extra-index-url <PyTorch's index of CPU wheels>"
 
 PYTHON ?= python3.11
 PIP_ARGS ?=
+INSTALLER ?= uv
+CPU_LOCK := requirements/cpu.txt
+GPU_LOCK := requirements/gpu.txt
+LOCK ?= $(CPU_LOCK)
 CONFIG ?= configs/nano.yaml
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-LOCK := requirements/cpu.txt
 # A finished installation leaves this file. Its name changes with the files that decide what is installed.
 STAMP := $(VENV)/.installed-$(shell cat $(LOCK) pyproject.toml | cksum | cut -d ' ' -f 1)
 
@@ -22,12 +27,15 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install run serve test test-all test-gpu lint format typecheck doctor clean
+.PHONY: help install lock run serve test test-all test-gpu lint format typecheck doctor clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## make .venv and install the pinned set; does nothing when that is done
+
+lock: $(STAMP) ## resolve requirements/gpu.txt anew; reads the package index, installs nothing
+	$(resolve_gpu)
 
 run: $(STAMP) ## run the whole pipeline on CONFIG
 	$(IN_VENV) python -m ray_jobs.pipeline --config $(CONFIG) $(ARGS)
@@ -66,15 +74,38 @@ clean: ## delete caches; .venv and runs stay
 
 # torch first and with its dependencies: a CUDA build needs its nvidia-* packages. The rest without: see $(LOCK).
 # No build isolation, so that what has to be built (DeepSpeed, psycho) is built with the pinned setuptools.
-$(STAMP): pip_install = $(BIN)/python -m pip install $(PIP_ARGS)
 $(STAMP):
 	@$(find_python); $(check_headers); $(check_compiler); $(make_venv)
-	$(pip_install) --constraint $(LOCK) torch setuptools
-	$(pip_install) --no-deps --no-build-isolation --requirement $(LOCK)
-	$(pip_install) --no-deps --no-build-isolation --editable .
+	@$(if $(filter pip,$(INSTALLER)),$(with_pip),$(with_uv) || { echo "$(pip_goes_on)"; $(with_pip); })
 	$(build_operator)
 	@rm -f $(VENV)/.installed-*
 	@touch $@
+
+pip_install := $(BIN)/python -m pip install $(PIP_ARGS)
+uv_install := $(BIN)/python requirements/uv.py install --compile-bytecode --python $(BIN)/python $(PIP_ARGS)
+
+define install_set
+$(1) --constraint $(LOCK) torch setuptools && \
+$(1) --no-deps --no-build-isolation --requirement $(LOCK) && \
+$(1) --no-deps --no-build-isolation --editable .
+endef
+
+# uv takes a third of pip's time. Whatever it stumbles over is left to pip, which goes on from what is there.
+with_pip = $(call install_set,$(pip_install))
+with_uv = $(pip_install) --quiet --constraint $(LOCK) uv && $(call install_set,$(uv_install))
+pip_goes_on = uv did not install the set (see above), so pip does.
+
+# What the CPU set holds is held here as well, wherever a CUDA package does not want another version: uv keeps the
+# versions that it finds in its output. Wheels must run on glibc 2.31. The comment on top is kept.
+# uv is asked as it is, so that wheels which pip is told of on this machine (torch for the CPU) stay out.
+define resolve_gpu
+lock=$$(mktemp -d) && cp $(CPU_LOCK) $$lock/gpu.txt && grep '^setuptools==' $(CPU_LOCK) > $$lock/build.txt && \
+$(BIN)/uv pip compile pyproject.toml --extra gpu --extra dev --constraint $$lock/build.txt \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_31 --no-header --no-annotate --quiet \
+	--no-emit-index-url --output-file $$lock/gpu.txt > /dev/null && \
+sed '/^[^#]/,$$d' $(GPU_LOCK) > $$lock/top.txt && cat $$lock/top.txt $$lock/gpu.txt > $(GPU_LOCK); \
+status=$$?; rm -r $$lock; exit $$status
+endef
 
 # DeepSpeed compiles its CPU operator when it is first used, in its own cache; the first run need not wait for that.
 define build_operator

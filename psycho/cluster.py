@@ -14,9 +14,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import psutil
-
 from psycho.config import ClusterConfig
+from psycho.doctor import memory_gib
 from psycho.errors import BadInput
 
 AUTOSCALING = "PSYCHO_AUTOSCALING"  # set while a job runs whose cluster grows
@@ -109,7 +108,7 @@ def _without(part: bytes) -> Iterator[None]:
 
 
 def _check_memory(config: ClusterConfig) -> None:
-    free = psutil.virtual_memory().available / 2**30
+    free, _ = memory_gib()
     if free < config.min_memory_gib:
         raise BadInput(
             f"this run needs {config.min_memory_gib:g} GiB of free memory and this machine has {free:.1f}; close "

@@ -36,13 +36,12 @@ from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE
 Status = Literal["ok", "warn", "fail"]
 
 GIB = 2**30
-MEMORY_FAIL_GIB, MEMORY_WARN_GIB = 6.0, 12.0
 DISK_FAIL_GIB, DISK_WARN_GIB = 2.0, 10.0
 SHARED_MEMORY_WARN_GIB = 2.0
 CONNECT_TIMEOUT_S = 2.0
 
 INSTALL_CPU = "run make install, or pip install --no-deps -r requirements/cpu.txt"
-INSTALL_GPU = "in an environment of its own run pip install -e .[gpu]"
+INSTALL_GPU = "in a copy of its own run make install LOCK=requirements/gpu.txt"
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,11 @@ def check_ninja(on_path: str | None, in_environment: str | None) -> Check:
     return Check("ninja", "fail", "none", f"DeepSpeed builds with ninja: {INSTALL_CPU}.")
 
 
-def check_memory(free_gib: float, total_gib: float) -> Check:
+def check_memory(free_gib: float, total_gib: float, needed_gib: float) -> Check:
+    """`needed_gib` is what the default configuration asks for before it starts (`cluster.min_memory_gib`)."""
     found = f"{free_gib:.1f} GiB free of {total_gib:.1f}"
-    if free_gib < MEMORY_FAIL_GIB:
-        return Check("Memory", "fail", found, f"The smallest run needs {MEMORY_FAIL_GIB:.0f} GiB free.")
-    if free_gib < MEMORY_WARN_GIB:
-        return Check("Memory", "warn", found, f"Expect a tight run below {MEMORY_WARN_GIB:.0f} GiB free.")
+    if free_gib < needed_gib:
+        return Check("Memory", "fail", found, f"make run needs {needed_gib:g} GiB free: close other programs.")
     return Check("Memory", "ok", found)
 
 
@@ -294,6 +292,13 @@ def memory_gib() -> tuple[float, float]:
     return min(free, limit - used) / GIB, min(total, limit) / GIB
 
 
+def needed_memory_gib() -> float:
+    """Free memory that the default configuration asks for."""
+    from psycho.config import DEFAULT_CONFIG, load_config
+
+    return load_config(DEFAULT_CONFIG).cluster.min_memory_gib
+
+
 def free_gib(path: str) -> float | None:
     try:
         return shutil.disk_usage(path).free / GIB
@@ -327,7 +332,7 @@ def examine() -> list[Check]:
         check_python(sys.version_info[:2]),
         check_compiler(shutil.which(os.environ.get("CXX", "c++")), headers),
         check_ninja(shutil.which("ninja"), shutil.which("ninja", path=str(Path(sys.executable).parent))),
-        check_memory(*memory_gib()),
+        check_memory(*memory_gib(), needed_memory_gib()),
         check_cores(len(os.sched_getaffinity(0))),
         check_disk(free_gib(os.getcwd()) or 0.0),
         check_shared_memory(free_gib("/dev/shm")),

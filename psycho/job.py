@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from psycho import interrupt, storage
-from psycho.config import Config, load_config
+from psycho.config import DEFAULT_CONFIG, Config, load_config
 from psycho.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -39,7 +39,6 @@ from psycho.run import Run, StageResult
 _QUOTED_CELL = re.compile(  # of pyarrow, pydantic, int() and float()
     r"(\bArrow\w+: Could not convert|\binput_value=|invalid literal for \w+\(\) with base \d+:|string to float:).*"
 )
-DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "nano.yaml"
 
 
 class Job:
@@ -103,7 +102,7 @@ class Options:
     verbose: bool = False
 
 
-ConfigFile = Annotated[Path, typer.Option(help="configuration file")]
+ConfigFile = Annotated[Path, typer.Option(help="configuration file, or the name of one that psycho brings")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="key.path=value, as often as you like; `psycho settings` lists the keys"),

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from psycho import __version__
 from psycho.config import load_config
 from psycho.errors import EXIT_BAD_INPUT, BadInput
 from psycho.job import DEFAULT_CONFIG, FILE_OPTIONS, Job, Options, execute, register
@@ -35,6 +36,21 @@ JOBS = (
     "report",
     "serve",
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"psycho {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def psycho(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="say the version and leave")
+    ] = False,
+) -> None:
+    """What all subcommands share."""
 
 
 def _lazy(name: str) -> None:

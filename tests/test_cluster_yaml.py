@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,30 @@ def test_ray_is_the_same_in_the_image_the_pins_and_here(config):
     assert version("ray") == pinned
 
 
-def test_setup_installs_the_gpu_set(config):
-    assert any(".[gpu]" in command for command in config["setup_commands"])
+def installs(commands: Iterable[str]) -> list[str]:
+    """The arguments of every `pip install`, in order; what pip keeps in its cache is no matter."""
+    found = [re.search(r"python -m pip install (?:--no-cache-dir )?(.+)", command) for command in commands]
+    return [install[1] for install in found if install]
 
 
-def test_only_what_installing_needs_is_copied(config):
-    local = set(config["file_mounts"].values()) - {"~/.ray/auth_token"}
-    assert local == {"pyproject.toml", "LICENSE", "psycho", "ray_jobs"}
+def test_setup_installs_the_locked_set_and_nothing_beside_it(written):
+    assert installs(written["setup_commands"]) == [
+        "--constraint requirements/gpu.txt torch setuptools",  # DeepSpeed is built with these
+        "--no-deps --no-build-isolation --requirement requirements/gpu.txt",
+        "--no-deps --no-build-isolation .",
+    ]
+    commands = [command for key, value in written.items() if key.endswith("_commands") for command in value]
+    assert len(installs(commands)) == 3
+    assert "\nboto3==" in (ROOT / "requirements" / "gpu.txt").read_text(), "the head's autoscaler wants it"
+
+
+def test_only_what_installing_needs_is_copied_and_links_hold_where_it_goes(config):
+    mounts = {source: target for target, source in config["file_mounts"].items() if source != "~/.ray/auth_token"}
+    assert set(mounts) == {"pyproject.toml", "LICENSE", "requirements/gpu.txt", "configs", "psycho", "ray_jobs"}
+    assert all((ROOT / source).exists() and target == f"~/psycho/{source}" for source, target in mounts.items())
+    for source in ("psycho", "ray_jobs"):
+        links = [path for path in (ROOT / source).iterdir() if path.is_symlink()]
+        assert {str(path.resolve().relative_to(ROOT)) for path in links} <= set(mounts)
 
 
 def test_every_node_starts_ray_with_authentication_and_the_dashboard_stays_inside(config):
@@ -96,3 +114,31 @@ def test_every_node_starts_ray_with_authentication_and_the_dashboard_stays_insid
 def test_it_names_no_account_and_no_key():
     text = (ROOT / "cluster.yaml").read_text()
     assert not re.search(r"\b\d{12}\b|AKIA|arn:aws|\.pem|aws_secret", text)
+
+
+# deploy/Dockerfile
+
+
+@pytest.fixture(scope="module")
+def docker() -> list[tuple[str, str]]:
+    """Its instructions as (name, arguments)."""
+    text = (ROOT / "deploy" / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(name, arguments.strip()) for name, _, arguments in (line.partition(" ") for line in lines)]
+
+
+def test_the_image_is_built_from_the_same_image_with_the_same_commands(docker, written):
+    assert docker[0] == ("FROM", written["docker"]["image"])
+    assert installs(a for name, a in docker if name == "RUN") == installs(written["setup_commands"])
+
+
+def test_the_image_takes_what_the_cluster_takes_and_docker_may_see_no_more(docker, written):
+    copied = [word for n, a in docker if n in ("COPY", "ADD") for word in a.split()[:-1] if not word.startswith("--")]
+    assert set(copied) | {"~/.ray/auth_token"} == set(written["file_mounts"].values())
+    seen = (ROOT / "deploy" / "Dockerfile.dockerignore").read_text().splitlines()
+    assert seen[1] == "*" and {line[1:] for line in seen if line.startswith("!")} == set(copied)
+
+
+def test_the_image_runs_as_rays_user_and_holds_no_secret(docker):
+    assert [arguments for name, arguments in docker if name == "USER"][-1] == "ray"
+    assert not [name for name, _ in docker if name in ("ARG", "ENV", "ADD")]

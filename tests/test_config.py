@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from psycho.config import Config, build_config, known_keys, load_config, to_yaml
+from psycho.config import DEFAULT_CONFIG, Config, build_config, known_keys, load_config, to_yaml
 from psycho.errors import BadInput
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -248,6 +248,22 @@ def test_a_file_that_is_not_there_and_a_folder(tmp_path):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(BadInput, match="cannot be read: IsADirectoryError"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nano", "nano.yaml", "configs/nano.yaml"])
+def test_a_shipped_configuration_is_found_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == load_config(DEFAULT_CONFIG)
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("seed: 3\n")
+    assert load_config(name).seed == 3, "a file of one's own comes first"
+
+
+def test_a_configuration_that_is_nowhere_is_told_which_there_are():
+    for name in ("none", "configs/none.yaml", "elsewhere/nano.yaml"):
+        with pytest.raises(BadInput, match=r"does not exist; psycho brings nano, paper-3b, paper-8b, .*--config nano$"):
+            load_config(name)
 
 
 def test_frozen():

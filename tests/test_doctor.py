@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from psycho import doctor
+from psycho.config import DEFAULT_CONFIG, load_config
 from psycho.doctor import Check, Torch
 
+ROOT = Path(__file__).parents[1]
 CPU_TORCH = Torch("2.13.0+cpu")
 CUDA_TORCH = Torch("2.13.0", cuda_build="13.0", gpus=("NVIDIA H100 (80 GiB)",))
 
@@ -39,9 +43,17 @@ def test_ninja_in_the_environment_alone_is_a_warning_since_torch_looks_on_the_pa
     assert doctor.check_ninja(None, None).status == "fail"
 
 
-@pytest.mark.parametrize(("free", "status"), [(5.9, "fail"), (6.0, "warn"), (11.9, "warn"), (12.0, "ok")])
+@pytest.mark.parametrize(("free", "status"), [(6.9, "fail"), (7.0, "ok")])
 def test_memory(free, status):
-    assert doctor.check_memory(free, 24.0).status == status
+    assert doctor.check_memory(free, 24.0, needed_gib=7.0).status == status
+
+
+def test_memory_has_one_figure():
+    needed = load_config(DEFAULT_CONFIG).cluster.min_memory_gib
+    assert doctor.needed_memory_gib() == needed
+    for document in ("README.md", "CONTRIBUTING.md"):
+        said = re.findall(r"(\S+)\s+GiB\s+of\s+free\s+memory", (ROOT / document).read_text(encoding="utf-8"))
+        assert said == [f"{needed:g}"], document
 
 
 def test_cores_disk_and_shared_memory():
@@ -54,7 +66,7 @@ def test_gpus():
     assert doctor.check_gpus(CPU_TORCH, nvidia_smi=False).status == "ok"
     assert "H100" in doctor.check_gpus(CUDA_TORCH, nvidia_smi=True).found
     unused = doctor.check_gpus(CPU_TORCH, nvidia_smi=True)
-    assert unused.status == "warn" and "[gpu]" in unused.advice
+    assert unused.status == "warn" and "requirements/gpu.txt" in unused.advice
     assert "driver" in doctor.check_gpus(Torch("2.13.0", "13.0"), nvidia_smi=True).advice
     assert doctor.check_gpus(Torch(None, error="OSError: libcudart"), nvidia_smi=False).status == "fail"
 

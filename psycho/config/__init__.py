@@ -23,7 +23,7 @@ from psycho.config.inference import (
     RemoteConfig,
     SamplingConfig,
 )
-from psycho.config.load import build_config, known_keys, load_config, to_yaml
+from psycho.config.load import DEFAULT_CONFIG, build_config, known_keys, load_config, to_yaml
 from psycho.config.online import OnlineConfig
 from psycho.config.section import Section
 from psycho.config.training import (
@@ -39,6 +39,7 @@ from psycho.config.training import (
 from psycho.config.whole import NO_HELD_OUT, ClusterConfig, Config, EvaluationConfig, NanoConfig, ServingConfig
 
 __all__ = [
+    "DEFAULT_CONFIG",
     "ENGINE_ROUNDING",
     "NO_HELD_OUT",
     "TRAINING_ROUNDING",

@@ -1,4 +1,8 @@
-"""From a file and `--set key=value` to a configuration; a mistake is a sentence that names the key."""
+"""From a file and `--set key=value` to a configuration; a mistake is a sentence that names the key.
+
+The configurations of `configs/` travel with the package (`psycho/configs` is a link to them in a checkout), so that a
+job finds its default, and those named `nano` or `configs/nano.yaml`, from any folder.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,24 @@ from pydantic import BaseModel, ValidationError
 from psycho.config.whole import Config
 from psycho.errors import BadInput
 
+SHIPPED = Path(__file__).parents[1] / "configs"
+DEFAULT_CONFIG = SHIPPED / "nano.yaml"
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | None = None) -> Config:
     """Read a YAML configuration and apply `key.path=value` overrides (values are YAML).
 
+    A `path` that names no file but a configuration that psycho ships, as `nano` or `configs/nano.yaml`, is that one.
+
     Raises:
         BadInput: the file, a key or a value is wrong; the sentence names it and says what to do.
     """
-    file = Path(path)
+    file = _find(Path(path))
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"configuration {file} does not exist; configs/ holds examples") from None
+        shipped = ", ".join(sorted(found.stem for found in SHIPPED.glob("*.yaml")))
+        raise BadInput(f"configuration {file} does not exist; psycho brings {shipped}: say --config nano") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"configuration {file} cannot be read: {type(error).__name__}; check it is UTF-8 text") from None
     except yaml.YAMLError as error:
@@ -40,6 +50,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | 
     if run_dir:
         tree["run_dir"] = run_dir
     return build_config(tree, str(file))
+
+
+def _find(path: Path) -> Path:
+    """The file that a path names, the person's own before the one that psycho ships under this name."""
+    shipped = SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
+    short = path.parent in (Path(), Path("configs"))
+    return shipped if short and not path.is_file() and shipped.is_file() else path
 
 
 def build_config(tree: dict[str, Any], origin: str) -> Config:
