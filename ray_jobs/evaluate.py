@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from psycho import storage
-from psycho.evaluation.comparison import Verdict, both_orders, first_place_rate, summarise
+from psycho.evaluation.comparison import Verdict, both_orders, first_place_rate, outcome, summarise
 from psycho.evaluation.metrics import audit_reward_margins
 from psycho.inference.pool import WorkerPool
 from psycho.inference.requests import prompt
@@ -23,6 +23,7 @@ from psycho.job import Job, main
 from psycho.judging.judge import PairItem
 from psycho.models import resolve
 from psycho.nano import truth
+from psycho.nano.gold import GoldRating
 from psycho.progress import Reporter
 from psycho.run import StageResult
 from psycho.schema import stable_seed
@@ -32,6 +33,7 @@ from ray_jobs.pair import rated_speeches
 BASELINE = "baseline"
 Row = dict[str, Any]
 Speeches = list[dict[str, str]]
+Gold = dict[str, dict[str, GoldRating]]  # by policy (or the baseline) and speech
 
 
 def evaluate(job: Job) -> None:
@@ -52,8 +54,10 @@ def evaluate(job: Job) -> None:
             rows, verdicts = compare_all(job, pool, speeches, answers, reporter)
             reward = audit_reward(job, pool)
         judged = [row for row in rows if row["outcome"] is not None]
+        known = gold_of_answers(speeches, answers)
+        add_gold(rows, known)
         results = {
-            "win_rate": win_rates(judged, speeches, answers, first_place_rate(verdicts)),
+            "win_rate": win_rates(judged, speeches, known, first_place_rate(verdicts)),
             "reward_model": reward,
             "judge": {} if starts_from_pairs(config) else audit_judge(job),
         }
@@ -132,26 +136,39 @@ def compare_all(
     return rows, verdicts
 
 
-def win_rates(
-    judged: list[Row], speeches: Speeches, answers: dict[str, list[Completion]], first_place: float | None
-) -> dict[str, Any]:
+def gold_of_answers(speeches: Speeches, answers: dict[str, list[Completion]]) -> Gold | None:
+    """The true ratings of every policy's and the baseline's answers; None where no truth is known."""
+    rated = {}
+    for name, given in answers.items():
+        texts = [answer.text.strip() for answer in given]
+        found = truth.gold_ratings([(s["question"], text) for s, text in zip(speeches, texts, strict=True)])
+        if found is None:
+            return None
+        rated[name] = dict(zip((s["speech_id"] for s in speeches), found, strict=True))
+    return rated
+
+
+def add_gold(rows: list[Row], known: Gold | None) -> None:
+    """Give each comparison its true outcome and rating, so that policies can be compared speech by speech."""
+    if known is None:
+        return
+    for row in rows:
+        own, other = known[row["policy"]][row["speech_id"]], known[BASELINE][row["speech_id"]]
+        row |= {"gold_outcome": outcome(own.overall, other.overall), "gold_rating": own.overall}
+
+
+def win_rates(judged: list[Row], speeches: Speeches, known: Gold | None, first_place: float | None) -> dict[str, Any]:
     """Win rate per policy; against gold too where the speeches are of the nano world."""
     ids = [s["speech_id"] for s in speeches]
-
-    def gold_of(name: str) -> list[Any] | None:
-        texts = [answer.text.strip() for answer in answers[name]]
-        return truth.gold_ratings([(s["question"], t) for s, t in zip(speeches, texts, strict=True)])
-
-    baseline = gold_of(BASELINE)
     result: dict[str, Any] = {"first_place_rate": first_place}
     for policy in POLICIES:
         rows = [row for row in judged if row["policy"] == policy]
         if not rows:
             continue
         result[policy] = summarise(rows)
-        own = gold_of(policy)
-        if own is not None and baseline is not None:
-            result[policy]["gold"] = truth.gold_win_rate(own, baseline, ids)
+        if known:
+            own, other = ([known[name][speech] for speech in ids] for name in (policy, BASELINE))
+            result[policy]["gold"] = truth.gold_win_rate(own, other, ids)
     return result
 
 

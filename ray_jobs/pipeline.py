@@ -13,7 +13,8 @@ from __future__ import annotations
 import time
 
 from psycho import storage
-from psycho.evaluation.summary import results_table, write_summary
+from psycho.evaluation.summary import write_summary
+from psycho.evaluation.terminal import show_results
 from psycho.job import Job, main
 from psycho.stages import starts_from_pairs
 from psycho.usage import PeakMemory
@@ -40,7 +41,7 @@ def pipeline(job: Job) -> None:
             if stage not in left_out:
                 stage(job)
         summary = write_summary(job, time.monotonic() - started, memory.gib)
-    job.progress.console.print(results_table(summary))
+    show_results(job.progress.console, summary)
     job.progress.say(f"report: {storage.join(job.run.root, 'report.html')}")
     job.progress.say(f"{time.monotonic() - started:.0f} s, peak memory {memory.gib:.1f} GiB")
 

@@ -1,4 +1,4 @@
-"""`summary.json`: what a run came to, for machines, and the same as a table for the terminal.
+"""`summary.json`: what a run came to, for machines.
 
 The names in it are read by other tools and stay as they are. A partial run gives a partial summary: a stage that is
 not done is left out, and so is what only that stage knows.
@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from psycho import storage
+from psycho.evaluation.fitness import headline, read_fitness
+from psycho.evaluation.steps import STEP_FIGURES, best_policy, steps
 from psycho.run import Run
 from psycho.stages import POLICIES
 
@@ -42,7 +42,10 @@ def build_summary(
         peak_rss_gib: largest resident memory of the pipeline; None where nobody measured it.
     """
     ordered = {name: manifests[name] for name in run.stages if name in manifests}
+    fitness = read_fitness(ordered)
     summary: Summary = {
+        "headline": headline(fitness),
+        "fitness": fitness,
         "run": run.root,
         "config": _without_secrets(run.config.model_dump(mode="json")),
         "versions": _versions(ordered),
@@ -76,49 +79,6 @@ def write_summary(job: Job, seconds_total: float, peak_rss_gib: float | None) ->
     return summary
 
 
-def results_table(summary: Summary) -> Table:
-    """What the pipeline prints at its end."""
-    table = Table(title="Win rate against the baseline", title_justify="left", show_footer=False)
-    table.add_column("policy")
-    for column in ("win rate [95 %]", "n", "same length", "gold", "on grammar", "chars"):
-        table.add_column(column, justify="right")
-    for name in POLICIES:
-        if name in summary.get("win_rate", {}):
-            table.add_row(name, *_policy_cells(summary["win_rate"][name]))
-    table.caption = "\n".join(_caption(summary)) or None
-    table.caption_justify = "left"
-    return table
-
-
-def _policy_cells(row: Mapping[str, Any]) -> list[str]:
-    gold = row.get("gold", {})
-    return [
-        f"{row['rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}]".replace("%", " %"),
-        f"{row['n']:,}",
-        _percent(row.get("length_controlled")),
-        _percent(gold.get("rate")),
-        _percent(gold.get("on_grammar")),
-        f"{row['mean_chars']:.0f}",
-    ]
-
-
-def _caption(summary: Summary) -> list[str]:
-    lines = []
-    reward, judge = summary.get("reward_model", {}), summary.get("judge", {})
-    if reward:
-        lines.append(
-            f"reward model: accuracy {_percent(reward['accuracy'])}, AUC {reward['auc']:.3f}, "
-            f"ECE {reward['ece']:.3f} on {reward['n']:,} test pairs"
-        )
-    if judge.get("pair_agreement_gold") is not None:
-        lines.append(f"judge: orders {_percent(judge['pair_agreement_gold'])} of the pairs as the truth does")
-    return lines
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
 def _evaluation(run: Run) -> Summary:
     """The parts that the stage evaluate knows; gold figures are there in the nano world only."""
     judge = read_evaluation(run, "judge")
@@ -128,7 +88,18 @@ def _evaluation(run: Run) -> Summary:
         "judge": _pick(judge, _JUDGE_KEYS),
         "reward_model": _pick(reward, _REWARD_KEYS),
         "win_rate": {name: _win_rate(rates[name]) for name in POLICIES if name in rates},
-    }
+    } | _compared(run)
+
+
+def _compared(run: Run) -> Summary:
+    """Each step of the training against the one before, and the best policy, by the comparisons of each speech."""
+    table = storage.read_table(run.path("evaluation", "comparisons"))
+    wanted = ["speech_id", "policy", *STEP_FIGURES.values()]
+    rows = table.select([name for name in wanted if name in table.column_names]).to_pylist()
+    best, by_gold = (best_policy(rows, POLICIES, figure) for figure in ("outcome", "gold_outcome"))
+    if best and by_gold:
+        best["gold"] = by_gold
+    return {"steps": steps(rows, POLICIES), "best": best}
 
 
 def read_evaluation(run: Run, name: str) -> dict[str, Any]:

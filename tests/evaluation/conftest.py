@@ -35,6 +35,8 @@ Rows = list[dict[str, Any]]
 class FakeRun:
     """Writes the artifacts of each stage through `Run.execute`, with figures drawn from a seed."""
 
+    fitness: dict[str, Any] | None = None  # what the judge's manifest says of it
+
     def __init__(self, folder: Path, gold: bool = True, train: int = 70, evaluation: int = 120) -> None:
         self.run = Run(load_config(CONFIG, run_dir=str(folder)), STAGES)
         self.run.open()
@@ -104,7 +106,8 @@ class FakeRun:
             self.rated.setdefault(response["speech_id"], []).append(rows[-1] | {"response": response["response"]})
         self._table(rows[:-3], RATING, partial, "ratings")
         quarantine = [{"request_id": row["request_id"], "reason": "no valid JSON"} for row in rows[-3:]]
-        return StageResult(rows_in=len(rows), rows_out=len(rows) - 3, tokens=96_400, quarantine=quarantine)
+        extra = {"fitness": self.fitness} if self.fitness else {}
+        return StageResult(rows_in=len(rows), rows_out=len(rows) - 3, tokens=96_400, quarantine=quarantine, extra=extra)
 
     def pair(self, partial: str) -> StageResult:
         pairs: dict[str, Rows] = {"train": [], "test": []}
@@ -182,7 +185,7 @@ class FakeRun:
     def evaluate(self, partial: str) -> StageResult:
         rows = [self._comparison(policy, speech) for policy in SKILL for speech in self.speeches[self.train :]]
         judged = [row for row in rows if row["outcome"] is not None]
-        results = {"win_rate": self._win_rates(judged), "reward_model": self._audit(), "judge": self._judged()}
+        results = {"win_rate": self._win_rates(rows, judged), "reward_model": self._audit(), "judge": self._judged()}
         for name, value in results.items():
             storage.write_text(storage.join(partial, "evaluation", f"{name}.json"), json.dumps(value))
         self._table(rows, None, partial, "evaluation", "comparisons")
@@ -200,16 +203,22 @@ class FakeRun:
             "policy_chars": int(150 + 90 * chance + self.random.integers(0, 60)),
             "baseline_chars": int(190 + self.random.integers(0, 60)),
             "outcome": None if self.random.random() < 0.01 else outcome,
-        }
+        } | (self._truth(chance) if self.gold else {})
 
-    def _win_rates(self, judged: Rows) -> dict[str, Any]:
+    def _truth(self, chance: float) -> dict[str, float]:
+        rating = float(np.clip(2 + 2.5 * chance + self.random.normal(0, 0.4), 1, 5))
+        return {"gold_outcome": float(self.random.random() < chance - 0.02), "gold_rating": rating}
+
+    def _win_rates(self, rows: Rows, judged: Rows) -> dict[str, Any]:
         rates: dict[str, Any] = {"first_place_rate": 0.53}
         for policy, chance in SKILL.items():
             rates[policy] = summarise([row for row in judged if row["policy"] == policy])
             if self.gold:
-                outcomes = (self.random.random(self.evaluation) < chance - 0.02).astype(float)
-                extra = {"mean_rating": 2 + 2.5 * chance, "on_grammar": 0.9 + 0.1 * chance}
-                rates[policy]["gold"] = win_rate(outcomes, list(range(self.evaluation))) | extra
+                own = [row for row in rows if row["policy"] == policy]
+                mean = float(np.mean([row["gold_rating"] for row in own]))
+                outcomes = [row["gold_outcome"] for row in own]
+                extra = {"mean_rating": mean, "on_grammar": 0.9 + 0.1 * chance}
+                rates[policy]["gold"] = win_rate(outcomes, [row["speech_id"] for row in own]) | extra
         return rates
 
     def _audit(self) -> dict[str, Any]:
