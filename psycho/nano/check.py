@@ -76,8 +76,8 @@ def copies(folder: str, seed: int = 0, n: int = 96) -> Gate:
     """How much of a backbone's drills on feelings and key words comes out right, word for word, on held-out texts.
 
     Each answer is read along its own true beginning (no engine is started): after the key, which names the principle
-    that the drill happens to ask about, the likeliest token must be the true one at every place. Without it no judge can
-    be made of the backbone.
+    that the drill happens to ask about, the likeliest token must be the true one at every place. Of a backbone that
+    cannot do this no judge is made.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,10 +1,9 @@
 """The training texts of the nano models, all drawn from the grammar, all by seed.
 
-The judge has to copy what the client and the reply name, to compare the two, and to rate. Each has a kind of text that
-brings it on. Extractions: a speech and the three words of it that a rating may hang on. Comparisons: evidence out of
-nowhere and the rating that follows from it, many in a row. Drills: one speech, a handful of one-sentence replies, each
-rated on one principle with its evidence quoted. Full examples are what it will be asked: two replies in turn, each with
-all seven ratings.
+The judge learns from three kinds of text. Extractions are the shortest: a speech and the three words of it that a
+rating may hang on; they bring on the circuit that copies a word, without which nothing else is learned. Drills: one
+speech, several one-sentence replies, each rated on one principle with its evidence quoted; they teach to match a reply
+against the speech. Full examples are what it will be asked: two replies in turn, each with all seven ratings.
 """
 
 from __future__ import annotations
@@ -17,21 +16,10 @@ from typing import Any
 
 from psycho.judging.rubric import answer, dump, second_turn, single_prompt
 from psycho.nano import gold
-from psycho.nano.grammar import (
-    STAGES,
-    NanoSpeech,
-    corrupt,
-    feelings,
-    sample_response,
-    sample_sentence,
-    sample_speech,
-    situations,
-    stage_fit,
-)
+from psycho.nano.grammar import NanoSpeech, corrupt, sample_response, sample_sentence, sample_speech
 
 Row = dict[str, str]
 _DRILL_REPLIES = 8
-_COMPARISONS = 10
 # What a one-sentence reply of each slot is rated on; matching principles are drilled most.
 _DRILLS = (
     ("empathy", "empathy", 4),
@@ -69,23 +57,6 @@ def extraction_row(rng: random.Random) -> Row:
     """A speech, and what of it a rating may hang on: feeling, key word, stage of change."""
     speech = sample_speech(rng, held_out_combinations=False)
     return _row([_turn("user", speech.text), _turn("assistant", f"{speech.feeling} {speech.key} {speech.stage}")])
-
-
-def comparison_row(rng: random.Random) -> Row:
-    """Evidence on the three principles that compare reply and client, each with the rating that follows from it.
-
-    In drills the comparison is learned last: its one digit is drowned by the words to be copied.
-    """
-    entries = []
-    for _ in range(_COMPARISONS):
-        stem = rng.choice(("empathy", "relevance", "staging"))
-        names = {"empathy": feelings(), "relevance": [s.key for s in situations()], "staging": STAGES}[stem]
-        client = rng.choice(names)
-        reply = client if rng.random() < 0.5 else rng.choice(names)
-        fit = stage_fit(client, reply) if stem == "staging" else "match" if client == reply else stem
-        rating = {**gold.FIT_RATINGS, **gold.MISNAMED}[fit]
-        entries.append(dump({stem: {"evidence": f"reply: {reply}; client: {client}", "rating": rating}})[1:-1])
-    return _row([_turn("user", ""), _turn("assistant", ", ".join(entries))])
 
 
 def drill_row(rng: random.Random, held_out: bool = False) -> Row:

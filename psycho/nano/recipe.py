@@ -20,7 +20,6 @@ from psycho.run import content_key
 
 MAX_LENGTH = 2048
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 320}
-SPREAD = 0.06  # standard deviation of the first weights
 _SAMPLE_ROWS = 8
 
 
@@ -35,7 +34,7 @@ class Recipe:
     prompt_loss_weight: float
 
 
-BACKBONE = Recipe(steps=1200, more=600, batch=12, lr=2e-3, prompt_loss_weight=0.3)
+BACKBONE = Recipe(steps=1500, more=700, batch=12, lr=3e-3, prompt_loss_weight=0.3)
 JUDGE = Recipe(steps=700, more=350, batch=24, lr=2e-3, prompt_loss_weight=0.05)
 POLICY = Recipe(steps=48, more=24, batch=32, lr=1e-3, prompt_loss_weight=0.0)
 
@@ -60,7 +59,7 @@ def recipe_hash() -> str:
     form = rubric.single_prompt("speech", "reply", "compact"), rubric.second_turn("reply"), rubric.dump(answer)
     return content_key(
         {name: asdict(recipe_of(name)) for name in ("backbone", "judge", "base")},
-        [SHAPE, SPREAD, MAX_LENGTH, CHAT_TEMPLATE, SPECIAL, vocabulary(), STAGES],
+        [SHAPE, MAX_LENGTH, CHAT_TEMPLATE, SPECIAL, vocabulary(), STAGES],
         [gold.FIT_RATINGS, gold.LEVEL_RATINGS, bank_digest(), form],
         {name: list(islice(rows(name, 1, 4), _SAMPLE_ROWS)) for name in ("backbone", "judge", *POLICIES)},
     )
