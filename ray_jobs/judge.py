@@ -23,7 +23,7 @@ from psycho.inference.batch import enough, run_batches
 from psycho.inference.worker import EngineSpec
 from psycho.job import Job, main
 from psycho.judging.human import read_human_ratings
-from psycho.judging.panel import join_panel, judge_report
+from psycho.judging.panel import join_panel, judge_report, sum_evidence
 from psycho.judging.rows import JudgeBatch
 from psycho.models import identity, resolve
 from psycho.progress import Reporter
@@ -114,6 +114,7 @@ def _extra(config: JudgeConfig, ratings: Rows, left_out: Rows, reports: Rows) ->
         "status": {"ok": 0, **kinds, **counts, "failed": len(left_out)},
         "judges": reports,
         "disagreement": sum(row["disagreement"] for row in ratings) / max(1, len(ratings)),
+        "evidence": sum_evidence(reports),
     }
 
 

@@ -135,6 +135,11 @@ class JudgeConfig(Section):
     )
     temperature: float = Field(0.0, ge=0, description="of the first try; the fresh ones (retries) have at least 0.7")
     retries: int = Field(1, ge=0, description="fresh tries of an answer that does not parse; then it is left out")
+    evidence_check: Literal["off", "mark", "retry"] = Field(
+        "mark",
+        description="of quotations that do not stand in the text that they quote: mark: the rating stays, its "
+        "evidence is dropped and counted; retry: the same after fresh tries (retries), which cost their tokens",
+    )
     fluency_floor: float | None = Field(
         None,
         description="clarity is 1 where a response holds a token under this log-probability by the judge itself",

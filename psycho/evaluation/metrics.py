@@ -174,5 +174,5 @@ def audit_reward_margins(
 
 
 def _correct(margins: Vector) -> Vector:
-    """1 for a pair in the right order, 0 in the wrong one, one half at a tie: nothing, or what rounding leaves of it."""
+    """1 for a pair in the right order, 0 in the wrong one; one half at a tie, which is nothing but rounding."""
     return (np.sign(np.where(np.abs(margins) <= MARGIN_TOLERANCE, 0.0, margins)) + 1) / 2

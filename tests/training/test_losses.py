@@ -210,7 +210,12 @@ def test_a_margin_of_nothing_counts_half(nano_tokenizer: Any) -> None:
     """A policy that still is its reference prefers nothing, whatever rounding leaves of its margins."""
     objective = _objective(nano_tokenizer)
     reference = torch.tensor([-90.0, -80.0, -70.0, -60.0], dtype=torch.float64)
-    for noise, right in (([0, 0, 0, 0], 1.0), ([3e-6, 0, 0, 4e-6], 1.0), ([0, 3e-6, 0, 4e-6], 1.0), ([1, 0, 0, 0], 1.5)):
+    for noise, right in (
+        ([0, 0, 0, 0], 1.0),
+        ([3e-6, 0, 0, 4e-6], 1.0),
+        ([0, 3e-6, 0, 4e-6], 1.0),
+        ([1, 0, 0, 0], 1.5),
+    ):
         policy = reference + torch.tensor(noise, dtype=torch.float64)
         count = torch.ones(2)
         pairs = PairLogprobs(policy[:2], policy[2:], reference[:2], reference[2:], count, count)
