@@ -27,6 +27,7 @@ from psycho.judging.panel import join_panel, judge_report, sum_evidence
 from psycho.judging.rows import JudgeBatch
 from psycho.models import identity, resolve
 from psycho.progress import Reporter
+from psycho.quality import reasons, too_many_floored, too_many_left_out
 from psycho.run import StageResult, content_key
 from psycho.schema import RATING
 from psycho.stages import CALIBRATION
@@ -42,6 +43,7 @@ def judge(job: Job) -> None:
         ensure_nano(job)
         responses = responses_with_speech(job)
         ratings, left_out, extra = rate_table(job, responses, partial)
+        extra["floored"] = sum(bool(row["floored"]) for row in ratings)
         storage.write_table(pa.Table.from_pylist(ratings, schema=RATING), storage.join(partial, "ratings"))
         return StageResult(
             rows_in=responses.num_rows,
@@ -49,9 +51,16 @@ def judge(job: Job) -> None:
             tokens=sum(report["output_tokens"] for report in extra["judges"]),
             quarantine=left_out,
             extra=extra,
+            unusable=_unusable(job, responses.num_rows, left_out, extra),
         )
 
     job.stage("judge", body)
+
+
+def _unusable(job: Job, asked: int, left_out: Rows, extra: dict[str, Any]) -> str | None:
+    quality = job.config.quality
+    few = too_many_left_out("judge", len(left_out), asked, "ratings", quality.max_left_out_share, reasons(left_out))
+    return few or too_many_floored(extra["floored"], asked - len(left_out), quality.max_floored_share)
 
 
 def rate_table(job: Job, responses: pa.Table, folder: str) -> tuple[Rows, Rows, dict[str, Any]]:

@@ -12,6 +12,7 @@ from psycho.config.data import (
     PairsConfig,
     PanelJudge,
     Policy,
+    QualityConfig,
     SpeechesConfig,
 )
 from psycho.config.inference import (
@@ -61,6 +62,7 @@ __all__ = [
     "Policy",
     "PreferenceConfig",
     "PriceConfig",
+    "QualityConfig",
     "RemoteConfig",
     "RewardConfig",
     "SFTConfig",

@@ -177,6 +177,21 @@ class JudgeConfig(Section):
         )
 
 
+class QualityConfig(Section):
+    """How much a stage may leave out before its result is no result. No result depends on these limits."""
+
+    max_left_out_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="of the requests of generate, the responses of judge, and in pair the speeches without two rated "
+        "responses or the imported rows with a defect; over it the stage stops, what it has done is kept; 1: no limit",
+    )
+    max_floored_share: float = Field(
+        0.5, ge=0, le=1, description="of the rated responses, those under judge.fluency_floor; over it judge stops"
+    )
+
+
 class PairsConfig(Section):
     """Train pairs: those of a speech with overall gap >= min_gap, by a strategy; test: best against worst."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from psycho.config.data import GenerationConfig, JudgeConfig, PairsConfig, SpeechesConfig
+from psycho.config.data import GenerationConfig, JudgeConfig, PairsConfig, QualityConfig, SpeechesConfig
 from psycho.config.inference import SIZE, InferenceConfig, SamplingConfig
 from psycho.config.online import OnlineConfig
 from psycho.config.section import Section
@@ -81,6 +81,7 @@ class Config(Section):
     generation: GenerationConfig = GenerationConfig()
     judge: JudgeConfig = JudgeConfig()
     pairs: PairsConfig = PairsConfig()
+    quality: QualityConfig = QualityConfig()
     inference: InferenceConfig = InferenceConfig()
     training: TrainingConfig = TrainingConfig()
     online: OnlineConfig = OnlineConfig()
