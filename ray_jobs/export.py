@@ -161,7 +161,7 @@ def card_facts(job: Job, licence: str, source: str | None) -> dict[str, Any]:
         "name": config.name,
         "licence": licence,
         "sources": source or speeches,
-        "judge": "that of the imported set" if imported else Path(config.judge.model).name,
+        "judge": judge_name(config),
         "models": sorted({win[side] for win in wins for side in ("chosen", "rejected")}),
         "pairs": config.pairs.model_dump(mode="json"),
         "audit": audit,
@@ -173,6 +173,13 @@ def card_facts(job: Job, licence: str, source: str | None) -> dict[str, Any]:
         "concerns": found,
         "fluency_floor": None if imported else config.judge.fluency_floor,
     }
+
+
+def judge_name(config: Config) -> str:
+    """The judge that labelled, as a card or a sheet names it."""
+    if starts_from_pairs(config):
+        return "that of the imported set"
+    return ", ".join(Path(member.model).name for member in config.judge.members())
 
 
 def command(

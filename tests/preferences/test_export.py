@@ -27,6 +27,7 @@ from psycho.run import Run, StageResult
 from psycho.schema import CLIENT_SPEECH, PREFERENCE_PAIR, RATING, RESPONSE
 from psycho.stages import STAGES
 from ray_jobs import export as recipe
+from ray_jobs import show as sheet
 
 NANO = Path(__file__).parents[2] / "configs" / "nano.yaml"
 Row = dict[str, Any]
@@ -310,6 +311,29 @@ def test_the_card_says_how_good_the_data_are(job: Job, exported: Path, tmp_path:
     _, text = front_matter(tmp_path / "other")
     for said in ("nobody checked whether it is fit", "2 of 42 (4.8%): 2 rating failed", "was not looked up"):
         assert said in text, said
+
+
+@pytest.mark.parametrize("what", ["pairs", "responses"])
+@pytest.mark.parametrize("suffix", ["html", "csv"])
+def test_a_sheet_shows_them(job: Job, tmp_path: Path, what: str, suffix: str) -> None:
+    to = tmp_path / f"sheet.{suffix}"
+    sheet.show(job, str(to), what, count=5)
+    text = to.read_text(encoding="utf-8-sig")
+    assert "It is health data" in text and "of empathy" in text and "I lie awake, case" in text
+    assert f"5 of {16 if what == 'pairs' else 48} {what}" in job.said[-1]  # type: ignore[attr-defined]
+    assert "awake" not in "".join(job.said)  # type: ignore[attr-defined]
+    with pytest.raises(BadInput, match="is there already"):
+        sheet.show(job, str(to), what)
+    assert to.read_text(encoding="utf-8-sig") == text
+
+
+def test_a_sheet_that_cannot_be_is_one_sentence(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"ends in '\.pdf'; give \.html or \.csv"):
+        sheet.show(job, str(tmp_path / "sheet.pdf"))
+    storage.remove(job.run.path("manifests", "pair.json"))
+    with pytest.raises(BadInput, match="stage pair is not done"):
+        sheet.show(job, str(tmp_path / "sheet.html"))
+    sheet.show(job, str(tmp_path / "sheet.html"), "responses")  # which need no pairs
 
 
 def test_it_starts_a_run(exported: Path) -> None:
