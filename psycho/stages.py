@@ -127,7 +127,12 @@ def _train_dpo(config: Config) -> Settings:
 
 def _asked(config: Config, judge: JudgeConfig) -> list[Any]:
     """A judge that online DPO asks."""
-    return [judge.model_dump(mode="json", exclude=_JUDGE_ASIDE), identity(config, judge.model)]
+    return [_unkept(judge), identity(config, judge.model)]
+
+
+def _unkept(judge: JudgeConfig) -> dict[str, Any]:
+    """Settings of a judge whose evidence nobody keeps, so that its check changes nothing."""
+    return judge.model_dump(mode="json", exclude={**_JUDGE_ASIDE, "evidence_check": True})
 
 
 def _train_online(config: Config) -> Settings:
@@ -150,7 +155,7 @@ def _evaluate(config: Config) -> Settings:
     judge = evaluation_judge(config)
     return {
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"judge"}),
-        "judge": judge.model_dump(mode="json", exclude=_JUDGE_ASIDE),
+        "judge": _unkept(judge),
         "models": [identity(config, m) for m in (config.policy, judge.model, config.evaluation.baseline)],
         "engine": _engine(config),
         "seed": config.seed,

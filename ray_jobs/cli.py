@@ -14,6 +14,7 @@ from psycho.config import load_config
 from psycho.errors import EXIT_BAD_INPUT, BadInput
 from psycho.job import DEFAULT_CONFIG, FILE_OPTIONS, Job, Options, execute, register
 from ray_jobs.export import command as export_command
+from ray_jobs.show import command as show_command
 
 app = typer.Typer(
     add_completion=False,
@@ -106,6 +107,7 @@ def nano(
 
 
 app.command(name="export")(export_command)
+app.command(name="show")(show_command)
 
 
 @app.command(name="doctor")

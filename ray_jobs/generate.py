@@ -21,6 +21,7 @@ from psycho.inference.worker import EngineSpec
 from psycho.job import Job, main
 from psycho.models import resolve
 from psycho.progress import Reporter
+from psycho.quality import reasons, too_many_left_out
 from psycho.run import StageResult
 from psycho.schema import REQUEST, RESPONSE
 
@@ -45,6 +46,7 @@ def generate(job: Job) -> None:
         tables = collect(requests, folder)
         answers = tally(pa.concat_tables(tables, promote_options="permissive")) if tables else {}
         responses, failed = split_errors(tables)
+        limit = job.config.quality.max_left_out_share
         storage.write_table(responses.select(RESPONSE.names), storage.join(partial, "responses"), _FILES)
         return StageResult(
             rows_in=requests.num_rows,
@@ -53,6 +55,7 @@ def generate(job: Job) -> None:
             cost=cost_so_far(folder) - paid_before,
             quarantine=failed,
             extra=answers,
+            unusable=too_many_left_out("generate", len(failed), requests.num_rows, "responses", limit, reasons(failed)),
         )
 
     job.stage("generate", body)

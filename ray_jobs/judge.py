@@ -26,12 +26,13 @@ from psycho.inference.worker import EngineSpec
 from psycho.job import Job, main
 from psycho.judging.fitness import truth_gates, verdict
 from psycho.judging.human import read_human_ratings
-from psycho.judging.panel import join_panel, judge_report
+from psycho.judging.panel import join_panel, judge_report, sum_evidence
 from psycho.judging.probes import HOW, is_probe, probe_gates, probe_rows
 from psycho.judging.rows import JudgeBatch
 from psycho.models import identity, resolve
 from psycho.nano.truth import gold_ratings, judge_against_gold
 from psycho.progress import Reporter
+from psycho.quality import reasons, too_many_floored, too_many_left_out
 from psycho.run import StageResult, content_key
 from psycho.schema import RATING
 from psycho.stages import CALIBRATION
@@ -59,6 +60,7 @@ def judge(job: Job) -> None:
             extra["fitness"] = fitness_by_truth(responses, ratings)
         else:
             extra["fitness"] = verdict(probe_gates([row for row in everything if is_probe(row)]), HOW)
+        extra["floored"] = sum(bool(row["floored"]) for row in ratings)
         storage.write_table(pa.Table.from_pylist(ratings, schema=RATING), storage.join(partial, "ratings"))
         return StageResult(
             rows_in=responses.num_rows,
@@ -66,6 +68,7 @@ def judge(job: Job) -> None:
             tokens=sum(report["output_tokens"] for report in extra["judges"]),
             quarantine=left_out,
             extra=extra,
+            unusable=_unusable(job, responses.num_rows, left_out, extra),
         )
 
     job.stage("judge", body)
@@ -111,6 +114,12 @@ def _probe_table(job: Job, schema: pa.Schema) -> pa.Table:
     """Planted pairs in the columns of the responses."""
     rows = [{name: row.get(name) for name in schema.names} for row in probe_rows(job.config.seed)]
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _unusable(job: Job, asked: int, left_out: Rows, extra: dict[str, Any]) -> str | None:
+    quality = job.config.quality
+    few = too_many_left_out("judge", len(left_out), asked, "ratings", quality.max_left_out_share, reasons(left_out))
+    return few or too_many_floored(extra["floored"], asked - len(left_out), quality.max_floored_share)
 
 
 def rate_table(job: Job, responses: pa.Table, folder: str) -> tuple[Rows, Rows, dict[str, Any]]:
@@ -175,6 +184,7 @@ def _extra(config: JudgeConfig, ratings: Rows, left_out: Rows, reports: Rows) ->
         "status": {"ok": 0, **kinds, **counts, "failed": len(left_out)},
         "judges": reports,
         "disagreement": sum(row["disagreement"] for row in ratings) / max(1, len(ratings)),
+        "evidence": sum_evidence(reports),
     }
 
 

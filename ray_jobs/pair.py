@@ -21,7 +21,8 @@ from psycho.evaluation.metrics import clustered_rate
 from psycho.job import Job, main
 from psycho.preferences.audit import audit_pairs
 from psycho.preferences.build import Preferences, build_pairs, groups, import_pairs
-from psycho.preferences.published import read_published
+from psycho.preferences.published import DUPLICATE, read_published
+from psycho.quality import reasons, too_many_left_out
 from psycho.run import StageResult
 from psycho.schema import PREFERENCE_GROUP, PREFERENCE_PAIR
 from psycho.stages import starts_from_pairs
@@ -40,6 +41,7 @@ def pair(job: Job) -> None:
             storage.write_table(pa.Table.from_pylist(rows, schema=PREFERENCE_PAIR), storage.join(folder, name))
         grouped = pa.Table.from_pylist(groups(found.splits["train"]), schema=PREFERENCE_GROUP)
         storage.write_table(grouped, storage.join(folder, "groups"))
+        limit = job.config.quality.max_left_out_share
         audit = audit_pairs(found.splits, clustered_rate, job.config.seed)
         storage.write_text(storage.join(folder, "audit.json"), json.dumps(audit, indent=2))
         return StageResult(
@@ -47,6 +49,9 @@ def pair(job: Job) -> None:
             rows_out=found.kept,
             quarantine=found.left_out,
             extra=found.counts,
+            unusable=too_many_left_out(
+                "pair", len(found.defective), found.entries, found.what, limit, reasons(found.defective)
+            ),
         )
 
     job.stage("pair", body)
@@ -64,6 +69,8 @@ def imported_pairs(job: Job) -> Preferences:
     said = {row["speech_id"]: row for row in storage.read_table(job.run.path("speeches")).to_pylist()}
     found = import_pairs(published.pairs, said, job.config.pairs, job.config.seed)
     found.left_out += published.quarantine
+    found.defective = [row for row in published.quarantine if row["reason"] != DUPLICATE]
+    found.entries, found.what = len(published.pairs) + len(published.quarantine), "imported rows"
     return found
 
 

@@ -214,7 +214,7 @@ def test_a_stage_that_is_done_neither_runs_nor_needs_ray(options, capsys):
 
     assert execute("prepare", recipe, options) == execute("prepare", recipe, options) == 0
     said = capsys.readouterr().err
-    assert len(bodies) == 1 and "prepare: 1,199 rows, 1 left out, 5 tokens" in said
+    assert len(bodies) == 1 and "prepare: 1,199 rows, 1 left out (1 r), 5 tokens" in said
     assert "prepare: done before, skipped" in said
 
 

@@ -50,6 +50,9 @@ HANGS_ON: dict[str, set[str]] = {
     "online.scorer_workers=1": set(),
     "evaluation.baseline=nano:base": {"evaluate", "report"},
     "evaluation.speeches=50": {"evaluate", "report"},
+    "judge.evidence_check=retry": set(ALL) - {"prepare", "generate"},
+    "quality.max_left_out_share=0.7": set(),
+    "quality.max_floored_share=0.7": set(),
     "name=other": {"report"},
     # how fast, where, for whom to see: nothing that a result depends on
     "run_dir=elsewhere": set(),

@@ -12,6 +12,7 @@ from psycho.config.data import (
     PairsConfig,
     PanelJudge,
     Policy,
+    QualityConfig,
     SpeechesConfig,
 )
 from psycho.config.inference import (
@@ -62,6 +63,7 @@ __all__ = [
     "Policy",
     "PreferenceConfig",
     "PriceConfig",
+    "QualityConfig",
     "RemoteConfig",
     "RewardConfig",
     "SFTConfig",

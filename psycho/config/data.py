@@ -135,6 +135,11 @@ class JudgeConfig(Section):
     )
     temperature: float = Field(0.0, ge=0, description="of the first try; the fresh ones (retries) have at least 0.7")
     retries: int = Field(1, ge=0, description="fresh tries of an answer that does not parse; then it is left out")
+    evidence_check: Literal["off", "mark", "retry"] = Field(
+        "mark",
+        description="of quotations that do not stand in the text that they quote: mark: the rating stays, its "
+        "evidence is dropped and counted; retry: the same after fresh tries (retries), which cost their tokens",
+    )
     fluency_floor: float | None = Field(
         None,
         description="clarity is 1 where a response holds a token under this log-probability by the judge itself",
@@ -173,6 +178,21 @@ class JudgeConfig(Section):
             )
             for member in self.panel
         )
+
+
+class QualityConfig(Section):
+    """How much a stage may leave out before its result is no result. No result depends on these limits."""
+
+    max_left_out_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="of the requests of generate, the responses of judge, and in pair the speeches without two rated "
+        "responses or the imported rows with a defect; over it the stage stops, what it has done is kept; 1: no limit",
+    )
+    max_floored_share: float = Field(
+        0.5, ge=0, le=1, description="of the rated responses, those under judge.fluency_floor; over it judge stops"
+    )
 
 
 class PairsConfig(Section):

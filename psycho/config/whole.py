@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from psycho.config.data import GenerationConfig, JudgeConfig, PairsConfig, SpeechesConfig
+from psycho.config.data import GenerationConfig, JudgeConfig, PairsConfig, QualityConfig, SpeechesConfig
 from psycho.config.inference import SIZE, InferenceConfig, SamplingConfig
 from psycho.config.online import OnlineConfig
 from psycho.config.section import Section
@@ -90,6 +90,7 @@ class Config(Section):
     generation: GenerationConfig = GenerationConfig()
     judge: JudgeConfig = JudgeConfig()
     pairs: PairsConfig = PairsConfig()
+    quality: QualityConfig = QualityConfig()
     inference: InferenceConfig = InferenceConfig()
     training: TrainingConfig = TrainingConfig()
     online: OnlineConfig = OnlineConfig()

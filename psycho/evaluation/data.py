@@ -48,6 +48,7 @@ def data_context(run: Run, summary: Summary) -> Context:
         "models": _records(manifests.get("generate", {}).get("by_model"), _BY_MODEL),
         "cost": manifests.get("generate", {}).get("cost"),
         "judging": _judging(manifests.get("judge", {})),
+        "evidence": manifests.get("judge", {}).get("evidence") or {},
         "judges": _records(_judges(manifests.get("judge", {})), _BY_JUDGE),
         "pairs": _pairs(run) if "pair" in summary["stages"] else None,
         "ratings_svg": _ratings_by_model(run) if "judge" in manifests else None,

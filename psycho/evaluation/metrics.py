@@ -19,6 +19,7 @@ from scipy.stats import rankdata
 from scipy.stats import t as student_t
 
 Vector = NDArray[np.float64]
+MARGIN_TOLERANCE = 1e-5  # logits; what batches of another size leave of two scores of one text, and nobody's preference
 
 
 class Rate(NamedTuple):
@@ -173,4 +174,5 @@ def audit_reward_margins(
 
 
 def _correct(margins: Vector) -> Vector:
-    return (np.sign(margins) + 1) / 2
+    """1 for a pair in the right order, 0 in the wrong one; one half at a tie, which is nothing but rounding."""
+    return (np.sign(np.where(np.abs(margins) <= MARGIN_TOLERANCE, 0.0, margins)) + 1) / 2

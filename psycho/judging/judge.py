@@ -2,7 +2,7 @@
 
 Answers follow a JSON grammar, or are digits alone in the mode `direct`; an answer that still does not parse (it was cut
 short, the judge refused) is asked for again with another seed, and if that fails too the response is left out and
-counted. No rating is ever made up.
+counted. No rating is ever made up, and evidence that does not stand in its text is dropped and marked (`evidence.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from psycho.config import JudgeConfig, SamplingConfig
 from psycho.inference.worker import Completion, Messages, VLLMWorker
 from psycho.judging.digits import expected_ratings
 from psycho.judging.escape import as_written, shown
+from psycho.judging.evidence import unfaithful
 from psycho.judging.foreign import pieces, without_foreign
 from psycho.judging.rubric import (
     Mode,
@@ -53,7 +54,12 @@ class _Form(Generic[T]):
 
 
 def rate_single(
-    worker: VLLMWorker, judge: JudgeConfig, items: Sequence[Item], seeds: Sequence[int], expected: bool = False
+    worker: VLLMWorker,
+    judge: JudgeConfig,
+    items: Sequence[Item],
+    seeds: Sequence[int],
+    expected: bool = False,
+    kept: bool = False,
 ) -> list[tuple[Rating | None, bool, int, Completion]]:
     """Rate each response: rating or None, whether the floor was met, attempts, last completion.
 
@@ -62,22 +68,33 @@ def rate_single(
 
     Args:
         expected: also read the expected ratings from the judge's log-probabilities.
+        kept: the evidence is kept, and looked up as `judge.evidence_check` says.
     """
     mode = asked_mode(judge)
+
+    def invented(index: int, rating: Rating) -> tuple[str, ...]:
+        evidence = {stem: as_written(quote, judge.template) for stem, quote in rating.evidence.items()}
+        return unfaithful(evidence, judge.template, *items[index], max_chars=judge.max_evidence_chars)
+
+    checks = kept and judge.evidence_check != "off"
+    doubts = (
+        (lambda index, rating: len(invented(index, rating))) if checks and judge.evidence_check == "retry" else None
+    )
     prompts = [
         single_prompt(speech, response, judge.template, history[0] if history else None, mode)
         for speech, response, *history in items
     ]
     form, texts = _single_form(judge, mode, expected), [[item[1]] for item in items]
     results: list[tuple[Rating | None, bool, int, Completion]] = []
-    for rating, completion, attempts in _ask(worker, judge, prompts, seeds, form, texts, _sources(items)):
+    for rating, completion, attempts in _ask(worker, judge, prompts, seeds, form, texts, _sources(items), doubts):
         floored = rating is not None and _under_floor(judge, completion, texts[len(results)], 0)
         if rating is not None:
-            rating = _finished(rating, completion, judge, floored)
+            dropped = invented(len(results), rating) if checks else ()
+            rating = _finished(rating, completion, judge, floored).without_evidence(dropped)
         results.append((rating, floored, attempts, completion))
     cut = {i: found for i, (*_, done) in enumerate(results) if (found := _cut(judge, texts[i], done))}
-    kept = [(items[i][0], cut[i][0], *items[i][2:]) for i in cut]
-    again = rate_single(worker, _unfloored(judge), kept, [seeds[i] for i in cut], expected) if cut else []
+    rest = [(items[i][0], cut[i][0], *items[i][2:]) for i in cut]
+    again = rate_single(worker, _unfloored(judge), rest, [seeds[i] for i in cut], expected, kept) if cut else []
     for index, (rating, _, _, second) in zip(cut, again, strict=True):
         before, floored, attempts, completion = results[index]
         lower = _lower(before, rating) if before and rating else None
@@ -127,6 +144,7 @@ def _lower(one: Rating, other: Rating) -> Rating:
         {stem: rating.ratings[stem] for stem, rating in chosen.items()},
         {stem: rating.evidence[stem] for stem, rating in chosen.items()},
         expected,
+        tuple(stem for stem, rating in chosen.items() if stem in rating.unfaithful),
     )
 
 
@@ -146,7 +164,7 @@ def _finished(rating: Rating, completion: Completion, judge: JudgeConfig, floore
     """The rating with its quotations as they were written, its expected ratings, and the floor."""
     evidence = {stem: as_written(quote, judge.template) for stem, quote in rating.evidence.items()}
     expected = expected_ratings(completion.text, completion.digits) if completion.digits else None
-    whole = Rating(rating.ratings, evidence, expected)
+    whole = replace(rating, evidence=evidence, expected=expected)
     return _floor(whole) if floored else whole
 
 
@@ -223,13 +241,19 @@ def _ask(
     form: _Form[T],
     texts: Sequence[Sequence[str]],
     sources: Sequence[str],
+    doubts: Callable[[int, T], int] | None = None,
 ) -> list[tuple[T | None, Completion, int]]:
     """Ask, parse, and ask again what failed; the floors are those of the first try (the prompt is the same).
 
     Args:
         texts: the responses in each prompt, in order.
         sources: all text in each prompt that the judge may quote.
+        doubts: how many faults an answer has that do not make it fail. One with faults is asked again too, and
+            replaced by what has fewer.
     """
+
+    def faults(index: int, value: T | None) -> float:
+        return float("inf") if value is None else doubts(index, value) if doubts else 0
 
     def read(index: int, completion: Completion) -> T | None:
         if completion.error is not None or refuses(completion.text, sources[index]):
@@ -245,17 +269,20 @@ def _ask(
     attempts = [1] * len(prompts)
     sampling = SamplingConfig(temperature=max(judge.temperature, _RETRY_TEMPERATURE), max_tokens=form.max_tokens)
     for retry in range(1, judge.retries + 1):
-        failed = [i for i, value in enumerate(found) if value is None and last[i].error is None]
+        failed = [i for i, value in enumerate(found) if faults(i, value) and last[i].error is None]
         if not failed:
             break
         asked = [prompts[i] for i in failed]
         again = worker.generate(asked, [seeds[i] + retry for i in failed], sampling, form.schema, None, form.digits)
         for index, completion in zip(failed, again, strict=True):
             attempts[index] += 1
-            found[index] = read(index, completion)
-            floors, means = last[index].span_floors, last[index].span_means
-            counted = _with_tokens_of(completion, last[index])
-            last[index] = replace(counted, span_floors=floors, span_means=means)
+            fresh, before = read(index, completion), last[index]
+            if found[index] is not None and faults(index, fresh) >= faults(index, found[index]):
+                last[index] = _with_tokens_of(before, completion)
+                continue
+            found[index] = fresh
+            counted = _with_tokens_of(completion, before)
+            last[index] = replace(counted, span_floors=before.span_floors, span_means=before.span_means)
     return list(zip(found, last, attempts, strict=True))
 
 
@@ -271,4 +298,4 @@ def _under_floor(judge: JudgeConfig, completion: Completion, texts: Sequence[str
 def _floor(rating: Rating) -> Rating:
     """Text that the judge itself finds impossible is not clear, whatever it rated."""
     expected = rating.expected | {"clarity": float(MIN_RATING)} if rating.expected else None
-    return Rating(rating.ratings | {"clarity": MIN_RATING}, rating.evidence, expected)
+    return replace(rating, ratings=rating.ratings | {"clarity": MIN_RATING}, expected=expected)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from psycho.config import JudgeConfig
+from psycho.judging.evidence import quotations
 from psycho.principles import MAX_RATING, MIN_RATING, STEMS, overall
 
 Row = Mapping[str, Any]
@@ -54,11 +55,12 @@ def _joined(votes: Sequence[tuple[Row, float]], judge: JudgeConfig) -> dict[str,
     ratings = {stem: round_rating(value) for stem, value in means.items()}
     expected = {stem: _expected(rows, weights, stem, judge.aggregate) for stem in STEMS}
     known = {stem: value for stem, value in expected.items() if value is not None}
+    nearest = {stem: _nearest(rows, stem, means[stem]) for stem in STEMS}
     spread = [_spread([row[f"{stem}_rating"] for row in rows], weights) for stem in STEMS]
     return {
         **{name: rows[0][name] for name in _SAME},
         **{f"{stem}_rating": ratings[stem] for stem in STEMS},
-        **{f"{stem}_evidence": _nearest(rows, stem, means[stem])[f"{stem}_evidence"] for stem in STEMS},
+        **{f"{stem}_evidence": nearest[stem][f"{stem}_evidence"] for stem in STEMS},
         "overall": overall(ratings),
         "floored": any(row["floored"] for row in rows),
         **{name: sum(row[name] for row in rows) for name in _SUMS},
@@ -68,6 +70,7 @@ def _joined(votes: Sequence[tuple[Row, float]], judge: JudgeConfig) -> dict[str,
         "judge": f"{judge.aggregate} of {', '.join(row['judge'] for row in rows)}",
         "prompt_version": ", ".join(dict.fromkeys(row["prompt_version"] for row in rows)),
         "disagreement": float(np.mean(spread)),
+        "unfaithful_evidence": [stem for stem in STEMS if stem in nearest[stem]["unfaithful_evidence"]],
     }
 
 
@@ -99,8 +102,9 @@ def _spread(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def _nearest(rows: Sequence[Row], stem: str, value: float) -> Row:
-    """The first judge whose rating is nearest to the panel's: its evidence speaks for it."""
-    return min(rows, key=lambda row: abs(row[f"{stem}_rating"] - value))
+    """The first judge whose rating is nearest to the panel's, of those one that invented nothing: its evidence speaks
+    for it."""
+    return min(rows, key=lambda row: (abs(row[f"{stem}_rating"] - value), stem in row["unfaithful_evidence"]))
 
 
 def judge_report(judge: JudgeConfig, rows: Sequence[Row], failed: Sequence[Row]) -> dict[str, Any]:
@@ -112,4 +116,30 @@ def judge_report(judge: JudgeConfig, rows: Sequence[Row], failed: Sequence[Row])
         "retried": sum(row["attempts"] > 1 for row in (*rows, *failed)),
         "floored": sum(bool(row["floored"]) for row in rows),
         "output_tokens": sum(row["output_tokens"] for row in (*rows, *failed)),
+        "evidence": evidence_report(judge, rows),
     }
+
+
+def evidence_report(judge: JudgeConfig, rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """By principle: the ratings whose evidence quotes something, and those of them whose quotation stands nowhere in
+    what it quotes. Empty where nobody looked."""
+    if judge.evidence_check == "off":
+        return {}
+    found = {}
+    for stem in STEMS:
+        wrong = sum(stem in row["unfaithful_evidence"] for row in rows)
+        right = sum(bool(quotations(stem, row[f"{stem}_evidence"] or "", judge.template)) for row in rows)
+        if wrong + right:
+            found[stem] = {"quoted": wrong + right, "unfaithful": wrong}
+    return found
+
+
+def sum_evidence(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The same of all judges, with the unfaithful share of what was quoted."""
+    found: dict[str, dict[str, float]] = {}
+    for stem in STEMS:
+        counts = [report["evidence"][stem] for report in reports if stem in report["evidence"]]
+        if counts:
+            quoted, wrong = (sum(count[key] for count in counts) for key in ("quoted", "unfaithful"))
+            found[stem] = {"quoted": quoted, "unfaithful": wrong, "unfaithful_share": wrong / quoted}
+    return found

@@ -35,7 +35,7 @@ class JudgeBatch:
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
         items = [(row["question"], row["response"], row.get("history")) for row in rows]
-        rated = rate_single(self._worker, self._judge, items, [row["seed"] for row in rows], expected=True)
+        rated = rate_single(self._worker, self._judge, items, [row["seed"] for row in rows], expected=True, kept=True)
         if self._reporter:
             self._reporter.add(len(rows), sum(completion.output_tokens for *_, completion in rated))
         out = [rating_row(row, self._judge, *result) for row, result in zip(rows, rated, strict=True)]
@@ -67,7 +67,7 @@ def rating_row(
     return {
         **{name: row[name] for name in ("request_id", "speech_id", "split", "model")},
         **{f"{stem}_rating": rating.ratings[stem] if rating else None for stem in STEMS},
-        **{f"{stem}_evidence": rating.evidence[stem] if rating else None for stem in STEMS},
+        **{f"{stem}_evidence": _evidence(rating, stem) for stem in STEMS},
         "overall": rating.overall if rating else None,
         "floored": floored,
         "attempts": attempts,
@@ -79,5 +79,10 @@ def rating_row(
         "judge": judge.model,
         "prompt_version": prompt_version(judge.template, asked_mode(judge)),
         "disagreement": 0.0,
+        "unfaithful_evidence": list(rating.unfaithful) if rating else [],
         "error": completion.error or FAILURES.get(kind),
     }
+
+
+def _evidence(rating: Rating | None, stem: str) -> str | None:
+    return None if rating is None or stem in rating.unfaithful else rating.evidence[stem]

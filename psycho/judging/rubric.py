@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -53,11 +53,19 @@ _REFUSAL = re.compile(
 @dataclass(frozen=True)
 class Rating:
     """Seven ratings of one response, with the evidence quoted for each; `expected` are their means by the judge's own
-    probabilities, where those were asked for."""
+    probabilities, where those were asked for; `unfaithful` are the principles whose evidence was dropped, because it
+    does not stand in what it quotes."""
 
     ratings: dict[str, int]
     evidence: dict[str, str]
     expected: dict[str, float] | None = None
+    unfaithful: tuple[str, ...] = ()
+
+    def without_evidence(self, stems: tuple[str, ...]) -> Rating:
+        """The same ratings, those stems' evidence dropped and marked."""
+        if not stems:
+            return self
+        return replace(self, evidence=self.evidence | dict.fromkeys(stems, ""), unfaithful=stems)
 
     @property
     def overall(self) -> float:

@@ -24,10 +24,16 @@ _AGAIN = "run prepare again into another run folder"
 
 @dataclass
 class Preferences:
-    """Pairs by split (`train`, `test`, and `dev` where a share is asked for) and what was left out, with reasons."""
+    """Pairs by split (`train`, `test`, and `dev` where a share is asked for) and what was left out, with reasons.
+
+    `defective`: what of it was left out for a defect, not by a rule of `pairs`, of so many `entries`.
+    """
 
     splits: dict[str, Rows] = field(default_factory=dict)
     left_out: Rows = field(default_factory=list)
+    defective: Rows = field(default_factory=list)
+    entries: int = 0
+    what: str = "client speeches"
 
     @property
     def kept(self) -> int:
@@ -38,7 +44,12 @@ class Preferences:
         """What the manifest says: pairs by split, left-out candidates by reason, those of them for safety."""
         reasons = Counter(row["reason"] for row in self.left_out)
         less_safe = sum(count for reason, count in reasons.items() if reason.startswith("less safe"))
-        return {name: len(rows) for name, rows in self.splits.items()} | {"left_out": reasons, "less_safe": less_safe}
+        return {
+            **{name: len(rows) for name, rows in self.splits.items()},
+            "left_out": reasons,
+            "less_safe": less_safe,
+            "defects": {"rows": len(self.defective), "of": self.entries, "what": self.what},
+        }
 
 
 def build_pairs(
@@ -54,10 +65,11 @@ def build_pairs(
         BadInput: a speech is on two sides, or no train or no test pair is left.
     """
     found = _empty(config)
+    found.entries = len(speeches)
     for speech_id, speech in sorted(speeches.items()):
         responses = rated.get(speech_id, [])
         if len(responses) < 2:
-            found.left_out.append({"speech_id": speech_id, "reason": "fewer than two rated responses"})
+            found.defective.append({"speech_id": speech_id, "reason": "fewer than two rated responses"})
             continue
         split = split_of(speech, config, seed)
         if split == "test":
@@ -67,6 +79,7 @@ def build_pairs(
             pairs, dropped = train_pairs(responses, config, seed)
         found.splits[split] += [pair_row(speech, n, c, r) for n, (c, r) in enumerate(pairs)]
         found.left_out += dropped
+    found.left_out += found.defective
     return _finished(found, speeches, config, seed, _AGAIN)
 
 

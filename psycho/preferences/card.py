@@ -7,7 +7,7 @@ unknown rather than left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +15,23 @@ import yaml
 from psycho.principles import PRINCIPLES
 
 _LANGUAGE = re.compile("[a-z]{2,3}")  # ISO 639, the only names the hub takes
+_REASONS = 5  # of those why rows were left out, the most frequent
+_FORMS = {
+    "responses": "every rated response, its seven ratings and the evidence that the judge quoted for each",
+    "sft": "the best response of each client speech as messages, where it is rated high enough to learn from; for "
+    "TRL's `SFTTrainer`",
+    "kto": "single responses, wanted (`label` true) where they were chosen more often than rejected; for TRL's "
+    "`KTOTrainer`",
+    "ranked": "all rated responses of a client speech, best first, with their overall ratings",
+}
+_COLUMNS = {
+    "responses": "`{principle}_rating`, `{principle}_evidence` (null where it was invented, then named in "
+    "`unfaithful_evidence`), `overall`, `expected_overall` (by the judge's own probabilities), `floored` (under the "
+    "fluency floor), `disagreement` (of a panel), `judge`.",
+    "sft": "`messages`; `speech_id`, `model`, `overall`.",
+    "kto": "`prompt` and `completion` (messages), `label`; `speech_id`, `model`.",
+    "ranked": "`prompt` (messages), `responses`, `scores`, `models`; `speech_id`.",
+}
 _SHORTCUTS = {
     "longer": "taking the longer response",
     "length": "a rule fitted on lengths alone",
@@ -22,58 +39,76 @@ _SHORTCUTS = {
 }
 
 
-def card(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
+def card(
+    counts: Mapping[str, int], facts: Mapping[str, Any], written: Mapping[str, Mapping[str, int]] | None = None
+) -> str:
     """Markdown with the front matter that the hub and `datasets` read.
 
     Args:
         counts: pairs by split of the hub.
+        written: rows by form (`forms.FORMS`) and split of the hub; None: the pairs alone.
         facts: `name`, `licence`, `sources`, `judge`, `models`, `pairs` (settings), `audit` (`preferences/audit.json`),
-            `left_out` (by reason), `personal_data` and `languages` (counts; None: nobody looked) and `nano`.
+            `left_out` (by reason), `personal_data` and `languages` (counts; None: nobody looked), `nano`, `quality`
+            (`psycho.quality.quality_facts`), `concerns` (why it should not be passed on) and `fluency_floor`.
     """
+    written = {"pairs": counts} if written is None else written
     parts = [
-        _front_matter(counts, facts),
+        _front_matter(written, facts),
         f"# {facts['name']}: preferences for counselling responses",
+        *([_stamp(facts["concerns"])] if facts["concerns"] else []),
         "Pairs of a better and a worse response to what a client says, by seven principles of good counselling "
         "([arXiv 2502.19731](https://arxiv.org/abs/2502.19731)), made by psycho.",
         "**For research on drafting aids for therapists.** What is trained on it writes drafts that a therapist reads, "
         "changes and answers for. It never faces clients alone and is no substitute for care in a crisis.",
-        "## How to load it\n\n" + _loading(),
-        "## Counts\n\n" + _counts(counts, facts),
+        "## How to load it\n\n" + _loading(written),
+        "## Counts\n\n" + _counts(counts, facts, written),
         "## Sources and licence\n\n" + _sources(facts),
         "## Labels\n\n" + _labels(facts),
+        "## Quality\n\n" + _quality(facts),
         "## Personal data\n\n" + _personal_data(facts),
         "## Caveats\n\n" + _caveats(facts),
-        "## Columns\n\n" + _columns(),
+        "## Columns\n\n" + _columns(written),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
-    def files(folder: str) -> list[dict[str, str]]:
-        return [{"split": split, "path": f"{folder}/{split}-*.parquet"} for split in counts]
+def _front_matter(written: Mapping[str, Mapping[str, int]], facts: Mapping[str, Any]) -> str:
+    def entry(name: str, form: str, folder: str) -> dict[str, Any]:
+        files = [{"split": split, "path": f"{folder}/{split}-*.parquet"} for split in written[form]]
+        return {"config_name": name, "data_files": files}
 
+    folders = {"default": "data", "conversational": "conversational"} if "pairs" in written else {}
+    configs = [entry(name, "pairs", folder) for name, folder in folders.items()]
+    configs += [entry(form, form, form) for form in written if form != "pairs"]
+    configs[:1] = [config | {"default": True} for config in configs[:1]]
     codes = [code for code in facts["languages"] or () if _LANGUAGE.fullmatch(code)]
     matter = {
         "license": facts["licence"],
         **({"language": sorted(codes)} if codes else {}),
         "tags": ["counselling", "preference-learning", "dpo", "reward-modelling"],
-        "configs": [
-            {"config_name": "default", "data_files": files("data"), "default": True},
-            {"config_name": "conversational", "data_files": files("conversational")},
-        ],
+        "configs": configs,
     }
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
 
 
-def _loading() -> str:
-    return (
-        "`load_dataset(<this>)` gives the published columns and `prompt`, the conversation as plain text: TRL's "
-        "`DPOTrainer` and `RewardTrainer` take it as it is. For a model with a chat template use "
-        '`load_dataset(<this>, "conversational")`, the same pairs as messages. In psycho: `pairs.source: <this>`.'
-    )
+def _stamp(concerns: Sequence[str]) -> str:
+    listed = "; ".join(concerns)
+    return f"> **Not fit for training or for conclusions: {listed}.** Exported in spite of that, to show the machinery."
 
 
-def _counts(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
+def _loading(written: Mapping[str, Any]) -> str:
+    lines = []
+    if "pairs" in written:
+        lines.append(
+            "`load_dataset(<this>)` gives the published columns and `prompt`, the conversation as plain text: TRL's "
+            "`DPOTrainer` and `RewardTrainer` take it as it is. For a model with a chat template use "
+            '`load_dataset(<this>, "conversational")`, the same pairs as messages. In psycho: `pairs.source: <this>`.'
+        )
+    lines += [f'- `load_dataset(<this>, "{form}")`: {_FORMS[form]}' for form in written if form in _FORMS]
+    return "\n".join(lines)
+
+
+def _counts(counts: Mapping[str, int], facts: Mapping[str, Any], written: Mapping[str, Mapping[str, int]]) -> str:
     lines = ["| split | pairs | client speeches | mean gap |", "|---|---|---|---|"]
     names = {"train": "train", "validation": "dev", "test": "test"}
     for split, pairs in counts.items():
@@ -82,6 +117,10 @@ def _counts(counts: Mapping[str, int], facts: Mapping[str, Any]) -> str:
         lines.append(f"| {split} | {pairs:,} | {more} |")
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in facts["left_out"].items()) or "none"
     lines += ["", f"Candidates that became no pair: {left_out}. No client speech is in two splits."]
+    for form, by_split in written.items():
+        if form != "pairs":
+            told = ", ".join(f"{count:,} {split}" for split, count in by_split.items()) or "none"
+            lines.append(f"Rows of `{form}`: {told}.")
     return "\n".join(lines)
 
 
@@ -106,6 +145,36 @@ def _labels(facts: Mapping[str, Any]) -> str:
     else:
         lines.append(f"No chosen response is rated less safe by {pairs['max_safety_loss']} or more.")
     return "\n".join(lines)
+
+
+def _quality(facts: Mapping[str, Any]) -> str:
+    found = facts["quality"]
+    lines = [f"- Judge: {_fitness(found.get('fitness'))}"]
+    for counts in found["left_out"].values():
+        kinds = "; ".join(f"{count:,} {reason}" for reason, count in list(counts["reasons"].items())[:_REASONS])
+        share = f"{counts['rows']:,} of {counts['of']:,} ({counts['rows'] / counts['of']:.1%})"
+        lines.append(f"- Left out of the {counts['what']}: {share}{f': {kinds}' if kinds else ''}.")
+    floor, floored = facts["fluency_floor"], found.get("floored")
+    if floor is None:
+        lines.append("- Fluency floor: none, so that broken text may have been rated as if it were language.")
+    elif floored:
+        share = f"{floored['rows']:,} of {floored['of']:,} ({floored['rows'] / floored['of']:.1%})"
+        lines.append(
+            f"- Fluency floor {floor:g} (log-probability of a token by the judge): {share} responses under it."
+        )
+    evidence = found.get("evidence")
+    if evidence:
+        told = ", ".join(f"{stem} {row['unfaithful_share']:.1%} of {row['quoted']:,}" for stem, row in evidence.items())
+        lines.append(f"- Quotations of the judge that do not stand in what they quote: {told}. They were dropped.")
+    else:
+        lines.append("- Whether the judge's quotations stand in what they quote was not looked up, or it made none.")
+    return "\n".join(lines)
+
+
+def _fitness(fitness: Mapping[str, Any] | None) -> str:
+    if not fitness or fitness.get("fit") is None:
+        return f"nobody checked whether it is fit{': ' + fitness['why'] if fitness and fitness.get('why') else ''}."
+    return f"{'fit' if fitness['fit'] else 'UNFIT'}: {fitness.get('why', 'by its gates')}."
 
 
 def _personal_data(facts: Mapping[str, Any]) -> str:
@@ -141,7 +210,12 @@ def _caveats(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _columns() -> str:
+def _columns(written: Mapping[str, Any]) -> str:
+    lines = [f"- `{form}`: {_COLUMNS[form]}" for form in written if form in _COLUMNS]
+    return "\n".join([*([_pair_columns()] if "pairs" in written else []), *lines])
+
+
+def _pair_columns() -> str:
     return (
         "`ID`, `prefID`, `question`, `chosen`, `rejected`, `chosen_model`, `rejected_model` and fourteen "
         "`{chosen,rejected}_{principle}_rating` are those of PsychoCounsel-Preference. Ours follow: `speech_id`, `gap` "

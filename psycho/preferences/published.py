@@ -38,6 +38,7 @@ _MODELS = ("chosen_model", "rejected_model")
 _MOST_PREF_ID = 2**31 - 1
 _SPLITS = {"train": "train", "test": "test", "eval": "test", "evaluation": "test", "validation": "dev", "dev": "dev"}
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv")
+DUPLICATE = "exact duplicate"
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -70,7 +71,7 @@ def read_published(config: PairsConfig, seed: int) -> Published:
         same = (split, *(row.get(column) for column in ("question", "chosen", "rejected")))
         reason = _reason(row) or _id_reason(row, ids)
         if reason is None and same in seen:  # on two sides it is no duplicate but an overlap
-            reason = "exact duplicate"
+            reason = DUPLICATE
         if reason:
             found.quarantine.append({"row": number, "reason": reason})
             continue

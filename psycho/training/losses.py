@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from psycho.config import PreferenceConfig
 
+_TIE = 1e-6  # of what a margin was computed from; packed and padded rows of one model lie 3e-8 apart
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -60,6 +62,19 @@ class PairLogprobs:
 def sequence_sums(values: Tensor, response: Tensor, count: int) -> Tensor:
     """Sum per-token values [N] into their responses [R], in fp64; `response` [N] says whose each is."""
     return torch.zeros(count, dtype=torch.float64, device=values.device).index_add(0, response, values.double())
+
+
+def in_order(chosen: Tensor, rejected: Tensor, size: Tensor) -> Tensor:
+    """1 where the chosen score is the higher, one half at a tie, else 0, [P].
+
+    A margin that single precision leaves of nothing is a tie: else rounding decides, as for a policy that still is its
+    own reference.
+
+    Args:
+        size: of the numbers that the scores were computed from, [P]; the tie is relative to it.
+    """
+    margins = (chosen - rejected).double()
+    return (torch.where(margins.abs() <= _TIE * size.double(), 0.0, margins).sign() + 1) / 2
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:

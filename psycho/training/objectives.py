@@ -204,7 +204,7 @@ class Reward(_Pairs):
             error = losses.rating_error(outputs[:, 1:], batch.ratings)[batch.pairs].mean(1)  # [P], of both sides
             loss = loss + self.settings.principle_heads * (choices.means(error) if choices else error)
             found["rating_error"] = error.sum().detach()
-        correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+        correct = losses.in_order(chosen, rejected, chosen.abs() + rejected.abs())
         total, parts = self.summed(loss, batch)
         return total, found | parts | {
             "accuracy": correct.sum().detach(),
@@ -252,7 +252,7 @@ class Preference(_Pairs):
         chosen, rejected = (pairs.chosen, pairs.rejected) if pairs.reference_chosen is None else pairs.ratios()
         beta = self.settings.beta
         return {
-            "accuracy": (chosen > rejected).double().sum(),
+            "accuracy": losses.in_order(chosen, rejected, pairs.chosen.abs() + pairs.rejected.abs()).sum(),
             "margin": beta * (chosen - rejected).sum(),
             "reward_chosen": beta * chosen.sum(),
             "reward_rejected": beta * rejected.sum(),

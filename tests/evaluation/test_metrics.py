@@ -58,6 +58,8 @@ def test_swapping_chosen_and_rejected_mirrors_accuracy_and_auc(margins: list[flo
 def test_a_tie_counts_half() -> None:
     assert metrics.accuracy([0.0, 0.0, 3.0, -1.0], list("abcd")).rate == 0.5
     assert metrics.accuracy([0.0, 1.0], list("ab")).rate == 0.75
+    assert metrics.accuracy([3e-7, 4e-7, -2e-7, 1.0], list("abcd")).rate == 0.625, "rounding is no preference"
+    assert metrics.accuracy([1e-4, -1e-4, 1e-4], list("abc")).rate == pytest.approx(2 / 3)
     assert metrics.reliability([0.0]) == [{"low": 0.5, "high": 0.6, "confidence": 0.5, "accuracy": 0.5, "n": 1}]
 
 

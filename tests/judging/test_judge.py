@@ -103,6 +103,40 @@ def test_retries_are_counted_in_tokens():
     assert [(done.prompt_tokens, done.output_tokens) for *_, done in rated] == [(9, 7), (27, 21)]
 
 
+SAID = ("I feel lost since I moved.", "It sounds like you feel lost. You might choose to rest.")
+
+
+def quoting(empathy: str, rating: int = 4) -> str:
+    evidence = dict.fromkeys(STEMS, "reply: none") | {"empathy": f"reply: {empathy}; client: lost"}
+    return dump(answer(dict.fromkeys(STEMS, rating), evidence))
+
+
+def test_invented_evidence_is_dropped_and_marked_and_the_rating_stays():
+    worker = FakeWorker(lambda *_: quoting("ashamed"))
+    [kept] = rate_single(worker, judge(), [SAID], [1], kept=True)
+    row = rating_row(REQUEST, judge(), *kept)
+    assert (row["empathy_rating"], row["empathy_evidence"], row["unfaithful_evidence"]) == (4, None, ["empathy"])
+    assert row["safety_evidence"] == "reply: none" and len(worker.calls) == 1, (
+        "no try is paid for unless it is asked for"
+    )
+    for settings, keeps in (({"evidence_check": "off"}, True), ({}, False)):
+        [unchecked] = rate_single(worker, judge(**settings), [SAID], [1], kept=keeps)
+        assert unchecked[0].evidence["empathy"] == "reply: ashamed; client: lost" and unchecked[0].unfaithful == ()
+
+
+def test_invented_evidence_is_asked_for_again_and_what_invents_least_is_kept():
+    worker = FakeWorker(lambda prompt, n: quoting("ashamed", 2) if n == 1 else quoting("lost", 5))
+    [(rating, _, attempts, done)] = rate_single(worker, judge(evidence_check="retry"), [SAID], [1], kept=True)
+    assert (rating.overall, rating.unfaithful, attempts) == (5, (), 2)
+    assert (rating.evidence["empathy"], done.output_tokens) == ("reply: lost; client: lost", 14)
+    worker = FakeWorker(lambda prompt, n: quoting("ashamed", 2) if n == 1 else TORN if n == 2 else quoting("angry", 5))
+    [(rating, _, attempts, done)] = rate_single(
+        worker, judge(evidence_check="retry", retries=2), [SAID], [1], kept=True
+    )
+    assert (rating.overall, rating.unfaithful, attempts, done.output_tokens) == (2, ("empathy",), 3, 21)
+    assert done.text == quoting("ashamed", 2), "expected ratings are read in the answer that was kept"
+
+
 REQUEST = {"request_id": "r", "speech_id": "s", "split": "train", "model": "m", "question": "q", "response": "a"}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from psycho.config import JudgeConfig, build_config
 from psycho.errors import BadInput
-from psycho.judging.panel import aggregate, join_panel, judge_report, round_rating
+from psycho.judging.panel import aggregate, join_panel, judge_report, round_rating, sum_evidence
 from psycho.principles import STEMS
 from psycho.schema import RATING
 
@@ -25,7 +25,7 @@ def vote(request: str, judge: int, rating: int, expected: float | None = None, *
         "prompt_tokens": 10, "output_tokens": 5, "status": "ok", "judge": f"judge {judge}", "prompt_version": "v",
         **{f"{stem}_rating": rating for stem in STEMS},
         **{f"{stem}_expected": float(rating) if expected is None else expected for stem in STEMS},
-        **{f"{stem}_evidence": f"judge {judge} on {stem}" for stem in STEMS},
+        **{f"{stem}_evidence": f"judge {judge} on {stem}" for stem in STEMS}, "unfaithful_evidence": [],
     }  # fmt: skip
     return row | more
 
@@ -77,6 +77,26 @@ def test_the_weighted_median(values, weights, expected):
 
 def test_rounding_stays_on_the_scale():
     assert [round_rating(v) for v in (1.0, 2.49, 2.5, 3.5, 5.0)] == [1, 2, 3, 4, 5]
+
+
+def test_the_evidence_is_of_a_judge_that_invented_none():
+    invented = {"unfaithful_evidence": ["safety"], "safety_evidence": None}
+    [row], _ = join_panel(["a"], [[vote("a", 0, 3, **invented)], [vote("a", 1, 3)]], panel(1, 1))
+    assert row["safety_evidence"] == "judge 1 on safety" and row["unfaithful_evidence"] == []
+    [row], _ = join_panel(["a"], [[vote("a", 0, 3, **invented)], [vote("a", 1, 5)]], panel(9, 1))
+    assert row["safety_evidence"] is None and row["unfaithful_evidence"] == ["safety"]
+
+
+def test_invented_evidence_is_counted_by_principle_over_all_judges():
+    judge = JudgeConfig(model="m", template="rubric")
+    silent = {f"{stem}_evidence": "none" for stem in STEMS}
+    invented = vote("a", 0, 3, **silent | {"unfaithful_evidence": ["safety"], "safety_evidence": None})
+    quoting = vote("b", 0, 3, **silent | {"safety_evidence": "You are weak."})
+    reports = [judge_report(judge, [invented, quoting], []), judge_report(judge, [invented], [])]
+    assert reports[0]["evidence"] == {"safety": {"quoted": 2, "unfaithful": 1}}
+    assert sum_evidence(reports) == {"safety": {"quoted": 3, "unfaithful": 2, "unfaithful_share": pytest.approx(2 / 3)}}
+    off = judge.model_copy(update={"evidence_check": "off"})
+    assert sum_evidence([judge_report(off, [quoting], [])]) == {}, "nobody looked, so nothing is claimed"
 
 
 def test_without_one_judges_probabilities_there_is_no_expected_rating():

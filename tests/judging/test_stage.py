@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import ray_jobs.judge as recipe
 from psycho import storage
 from psycho.config import EngineConfig, JudgeConfig, load_config
+from psycho.errors import StageFailed
 from psycho.inference.batch import layout
 from psycho.inference.worker import Completion, EngineSpec
 from psycho.job import Job
@@ -31,12 +32,14 @@ from ray_jobs.cli import app
 
 CONFIG = Path(__file__).parents[2] / "configs" / "nano.yaml"
 PANEL = ("judge.mode=panel", "judge.panel=[{model: 'nano:judge'}, {model: 'nano:base'}, {model: 'nano:warm'}]")
+LENIENT = "quality.max_left_out_share=0.5"
 WORDS = "a secret thing that a client said"
 
 
 def answered(responses, folder, stage, arguments, *_, **__):
     """Every response rated 3, by the second judge of a panel 5; `nano:base` fails where the response says so."""
     judge, rows = arguments["judge"], []
+    storage.write_text(storage.join(folder, "kept"), "")
     for row in responses.to_pylist():
         failing = f"fails {judge.model}" in row["response"] or "fails all" in row["response"]
         value = 5 if judge.model == "nano:base" else 3
@@ -83,7 +86,7 @@ def start(tmp_path, monkeypatch):
 
 
 def test_what_has_no_rating_is_left_out_and_counted(start):
-    job = start()
+    job = start(LENIENT)
     recipe.judge(job)
     manifest = job.run.manifest("judge")
     assert (manifest["rows_in"], manifest["rows_out"], manifest["quarantined"]) == (3, 2, 1)
@@ -97,8 +100,56 @@ def test_what_has_no_rating_is_left_out_and_counted(start):
     assert "cut short" in left_out and WORDS not in left_out
 
 
+def test_too_many_failed_ratings_stop_the_stage_and_nothing_is_lost(start):
+    job = start("quality.max_left_out_share=0.3")
+    with pytest.raises(StageFailed) as stopped:
+        recipe.judge(job)
+    for part in (
+        "judge: 1 of 3 ratings were left out (33.3%",
+        "1 rating failed: the answer was cut short",
+        "allows 30.0%",
+    ):
+        assert part in str(stopped.value), part
+    assert not job.run.is_done("judge") and job.run.manifest("judge") is None
+    assert "cut short" in storage.read_text(job.run.path("quarantine", "judge.jsonl"))
+    assert storage.exists(job.run.partial("judge")), "what was rated is still there"
+    again = start("quality.max_left_out_share=0.4")
+    assert again.run.key("judge") == job.run.key("judge"), "another limit asks for nothing anew"
+    recipe.judge(again)
+    assert again.run.manifest("judge")["left_out"] == {
+        "rating failed: the answer was cut short; raise judge.max_tokens": 1
+    }
+
+
+def test_too_much_text_under_the_floor_stops_the_stage(start, monkeypatch):
+    def floored(*arguments, **_):
+        [table] = answered(*arguments)
+        return [pa.Table.from_pylist([row | {"floored": True} for row in table.to_pylist()], schema=table.schema)]
+
+    monkeypatch.setattr(recipe, "run_batches", floored)
+    with pytest.raises(StageFailed, match=r"2 of 2 rated responses \(100.0%\) hold text under judge.fluency_floor"):
+        recipe.judge(start(LENIENT))
+    job = start(LENIENT, "quality.max_floored_share=1")
+    recipe.judge(job)
+    assert job.run.manifest("judge")["floored"] == 2
+
+
+def test_invented_evidence_is_in_the_manifest(start, monkeypatch):
+    def invented(*arguments, **_):
+        [table] = answered(*arguments)
+        rows = [row | {"safety_evidence": None, "unfaithful_evidence": ["safety"]} for row in table.to_pylist()]
+        return [pa.Table.from_pylist(rows, schema=table.schema)]
+
+    monkeypatch.setattr(recipe, "run_batches", invented)
+    job = start(LENIENT)
+    recipe.judge(job)
+    assert job.run.manifest("judge")["evidence"] == {"safety": {"quoted": 2, "unfaithful": 2, "unfaithful_share": 1.0}}
+    [name] = {tuple(row["unfaithful_evidence"]) for row in pq.read_table(job.run.path("ratings")).to_pylist()}
+    assert name == ("safety",)
+
+
 def test_a_panel_is_joined_and_its_quorum_kept(start):
-    job = start(*PANEL)
+    job = start(*PANEL, LENIENT)
     recipe.judge(job)
     manifest = job.run.manifest("judge")
     assert manifest["status"] == {"ok": 1, "partial": 1, "failed": 1} and len(manifest["judges"]) == 3
@@ -118,7 +169,7 @@ def test_an_engine_has_more_before_it_than_one_batch(start, monkeypatch):
         return answered(*arguments)
 
     monkeypatch.setattr(recipe, "run_batches", noted)
-    job = start()
+    job = start(LENIENT)
     recipe.judge(job)
     inference = job.config.inference
     _, size, batches = layout(2720, inference, given["at_once"])
@@ -164,7 +215,7 @@ def human(tmp_path, n=6):
 
 
 def test_calibrate_compares_and_leaves_the_run_as_it_was(start, tmp_path):
-    job = start()
+    job = start(LENIENT)
     recipe.judge(job)
     before = job.run.key("report")
     recipe.calibrate(job, human(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +18,16 @@ from psycho.config import PairsConfig, load_config
 from psycho.errors import BadInput
 from psycho.evaluation.metrics import clustered_rate
 from psycho.job import Job
+from psycho.preferences import forms
 from psycho.preferences.audit import audit_pairs
 from psycho.preferences.export import CONVERSATIONAL, TEXT, export_pairs
 from psycho.preferences.published import read_published
 from psycho.principles import STEMS
 from psycho.run import Run, StageResult
-from psycho.schema import PREFERENCE_PAIR
+from psycho.schema import CLIENT_SPEECH, PREFERENCE_PAIR, RATING, RESPONSE
 from psycho.stages import STAGES
 from ray_jobs import export as recipe
+from ray_jobs import show as sheet
 
 NANO = Path(__file__).parents[2] / "configs" / "nano.yaml"
 Row = dict[str, Any]
@@ -51,17 +54,61 @@ EARLIER = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content
 PAIRS = {"train": [pair(n, EARLIER if n == 0 else None) for n in range(12)], "test": [pair(n) for n in range(12, 16)]}
 
 
+def said(number: int) -> Row:
+    split = "train" if number < 12 else "evaluation"
+    history = json.dumps(EARLIER) if number == 0 else None
+    return {"speech_id": f"s{number}", "question": f"I lie awake, case {number}.", "split": split, "history": history}
+
+
+def answers(number: int) -> list[Row]:
+    """The pair's two responses, a third one between them, and for the first speech a low best one."""
+    texts = {
+        "warm": (PAIRED[number]["chosen"], 4),
+        "brisk": (PAIRED[number]["rejected"], 2),
+        "calm": ("I hear you.", 3),
+    }
+    return [
+        {"request_id": f"r{number}-{model}", "speech_id": f"s{number}", "split": said(number)["split"], "model": model,
+         "response": text, "rating": rating}
+        for model, (text, rating) in texts.items()
+    ]  # fmt: skip
+
+
+def rated(answer: Row) -> Row:
+    evidence = {f"{stem}_evidence": f"of {stem}" for stem in STEMS} | {"safety_evidence": None}
+    return {
+        **{name: answer[name] for name in ("request_id", "speech_id", "split", "model")},
+        **{f"{stem}_rating": answer["rating"] for stem in STEMS},
+        **evidence,
+        "overall": float(answer["rating"]),
+        "unfaithful_evidence": ["safety"],
+        "judge": "nano:judge",
+        "floored": False,
+    }
+
+
+PAIRED = [*PAIRS["train"], *PAIRS["test"]]
+SPEECHES = [said(number) for number in range(16)]
+ANSWERS = [answer for number in range(16) for answer in answers(number)]
+RESPONSES = [{name: answer.get(name) for name in RESPONSE.names} for answer in ANSWERS]
+RATINGS = [rated(answer) for answer in ANSWERS]
+JUDGED: Row = {
+    "floored": 3,
+    "evidence": {"safety": {"quoted": 40, "unfaithful": 22, "unfaithful_share": 0.55}},
+    "fitness": {"fit": True, "why": "all 8 gates passed", "gates": []},
+}
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     """A nano run whose pairs are done."""
     run = Run(load_config(NANO, run_dir=str(tmp_path / "run")), STAGES)
     run.open()
 
-    def made(*folders: str) -> Callable[[str], StageResult]:
+    def tables(folder: str, rows: list[Row], schema: pa.Schema) -> Callable[[str], StageResult]:
         def body(partial: str) -> StageResult:
-            for folder in folders:
-                storage.write_text(storage.join(partial, folder, "made"), "")
-            return StageResult()
+            storage.write_table(pa.Table.from_pylist(rows, schema), storage.join(partial, folder))
+            return StageResult(len(rows), len(rows))
 
         return body
 
@@ -72,8 +119,13 @@ def job(tmp_path: Path) -> Job:
         storage.write_text(storage.join(partial, "preferences", "audit.json"), json.dumps(audit))
         return StageResult(16, 16, extra={"train": 12, "test": 4, "left_out": {"tie": 3}})
 
-    for name, output in (("prepare", "speeches"), ("generate", "responses"), ("judge", "ratings")):
-        run.execute(name, made(output))
+    def judged(partial: str) -> StageResult:
+        storage.write_table(pa.Table.from_pylist(RATINGS, RATING), storage.join(partial, "ratings"))
+        return StageResult(40, 40, extra=JUDGED)
+
+    run.execute("prepare", tables("speeches", SPEECHES, CLIENT_SPEECH))
+    run.execute("generate", tables("responses", RESPONSES, RESPONSE))
+    run.execute("judge", judged)
     run.execute("pair", pairs)
     said: list[str] = []
     return cast(Job, SimpleNamespace(run=run, config=run.config, said=said, progress=SimpleNamespace(say=said.append)))
@@ -141,6 +193,147 @@ def test_trl_trains_on_it_as_it_is(
         before = ids["prompt_ids"] + ids["chosen_ids"] if "prompt_ids" in ids else ids["chosen_ids"]
         text = nano_tokenizer.decode(before)
         assert "Welcome." in text and "case 0" in text and "What would help" in text
+
+
+def test_every_response_comes_with_its_ratings_and_evidence(exported: Path, tmp_path: Path) -> None:
+    found = load(exported, tmp_path, "responses")
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 36, "test": 12}
+    rows = {row["request_id"]: row for split in found.values() for row in split}
+    assert set(rows) == {answer["request_id"] for answer in ANSWERS}
+    for answer in ANSWERS:
+        row = rows[answer["request_id"]]
+        assert (row["response"], row["overall"], row["empathy_evidence"]) == (
+            answer["response"], answer["rating"], "of empathy",
+        )  # fmt: skip
+        assert row["safety_evidence"] is None and row["unfaithful_evidence"] == ["safety"]
+        assert row["question"] == f"I lie awake, case {answer['speech_id'][1:]}."
+
+
+def test_sft_and_ranked_rows_hold_what_the_run_would_learn_from(exported: Path, tmp_path: Path) -> None:
+    learned, ranked = load(exported, tmp_path, "sft")["train"], load(exported, tmp_path, "ranked")["train"]
+    assert len(learned) == len(ranked) == 12
+    first = next(row for row in learned if row["speech_id"] == "s0")
+    assert first["messages"][:2] == EARLIER and first["messages"][-1]["content"] == PAIRED[0]["chosen"]
+    for row in ranked:
+        assert row["scores"] == [4.0, 3.0, 2.0] and row["models"] == ["warm", "calm", "brisk"]
+        assert row["responses"][1] == "I hear you." and row["prompt"][-1]["role"] == "user"
+    assert forms.sft_rows([row | {"question": "q"} for row in map(joined, ANSWERS)], 4.5) == []
+
+
+def joined(answer: Row) -> Row:
+    return rated(answer) | {"response": answer["response"], "history": None}
+
+
+def test_a_response_is_wanted_where_it_was_chosen_more_often() -> None:
+    def beats(chosen: str, rejected: str) -> Row:
+        return pair(0) | {"chosen": chosen, "rejected": rejected, "chosen_model": "m", "rejected_model": "m"}
+
+    rows = forms.kto_rows([beats("a", "b"), beats("a", "c"), beats("b", "c"), beats("a", "d"), beats("d", "c")])
+    assert {row["completion"][0]["content"]: row["label"] for row in rows} == {"a": True, "c": False}
+    assert len(rows) == 2, "what won as often as it lost says nothing"
+
+
+def test_trl_takes_the_other_forms_as_they_are(
+    exported: Path, tmp_path: Path, tiny_llama: Callable[..., str], nano_tokenizer: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+    from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+    from trl.data_utils import is_conversational, maybe_unpair_preference_dataset
+
+    common = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False, "report_to": [],
+              "save_strategy": "no", "disable_tqdm": True, "max_length": 512}  # fmt: skip
+    for name, config, trainer in (("sft", SFTConfig, SFTTrainer), ("kto", KTOConfig, KTOTrainer)):
+        data = load(exported, tmp_path, name)
+        assert is_conversational(data["train"][0])
+        assert maybe_unpair_preference_dataset(data["train"]).column_names == data["train"].column_names
+        made = trainer(
+            model=AutoModelForCausalLM.from_pretrained(tiny_llama()),
+            args=config(output_dir=str(tmp_path / "out"), **common),
+            train_dataset=data["train"],
+            processing_class=nano_tokenizer,
+        )
+        assert len(made.train_dataset) == len(data["train"]) == (12 if name == "sft" else 24)
+        assert made.train().training_loss > 0
+
+
+def test_only_the_forms_that_are_named_are_written(job: Job, tmp_path: Path) -> None:
+    recipe.export(job, str(tmp_path / "set"), "mit", what=("kto",))
+    assert [path.name for path in sorted((tmp_path / "set").iterdir())] == ["README.md", "kto"]
+    matter, _ = front_matter(tmp_path / "set")
+    assert [entry["config_name"] for entry in matter["configs"]] == ["kto"] and matter["configs"][0]["default"]
+    with pytest.raises(BadInput, match="names no form dpo; give some of pairs,responses,sft,kto,ranked"):
+        recipe.forms_of("kto,dpo")
+
+
+def test_imported_pairs_have_the_same_forms() -> None:
+    responses = forms.responses_of_pairs(PAIRS["train"])
+    assert len(responses) == 24 and {row["overall"] for row in responses} == {4.0, 2.0}
+    assert len(forms.ranked_rows(responses)) == len(forms.sft_rows(responses, 4)) == 12
+    pa.Table.from_pylist(forms.response_rows(responses), schema=forms.RESPONSES)
+
+
+def spoil(job: Job, stage: str, **facts: Any) -> None:
+    manifest = job.run.manifest(stage) or {}
+    storage.write_text(job.run.path("manifests", f"{stage}.json"), json.dumps(manifest | facts))
+
+
+@pytest.mark.parametrize(
+    ("stage", "facts", "said"),
+    [
+        ("judge", {"fitness": {"fit": False, "why": "relevance .12"}}, r"the judge is unfit \(relevance .12\)"),
+        ("judge", {"rows_in": 50, "quarantined": 10}, r"10 of 50 ratings were left out \(20.0%\)"),
+        ("judge", {"floored": 28}, r"28 of 40 rated responses are no language to the judge \(70.0%\)"),
+        ("generate", {"rows_in": 48, "quarantined": 24}, "24 of 48 responses were left out"),
+        ("pair", {"defects": {"rows": 9, "of": 16, "what": "client speeches"}}, "9 of 16 client speeches"),
+    ],
+)
+def test_garbage_gets_no_card_but_a_stamped_one(job: Job, tmp_path: Path, stage: str, facts: Row, said: str) -> None:
+    spoil(job, stage, **facts)
+    with pytest.raises(BadInput, match=f"should not be passed on: {said}.*give --anyway"):
+        recipe.export(job, str(tmp_path / "set"), "mit")
+    assert not (tmp_path / "set").exists()
+    recipe.export(job, str(tmp_path / "set"), "mit", anyway=True)
+    _, text = front_matter(tmp_path / "set")
+    assert re.search(rf"> \*\*Not fit for training or for conclusions: {said}", text)
+    assert text.index("Not fit for training") < text.index("## How to load it")
+
+
+def test_the_card_says_how_good_the_data_are(job: Job, exported: Path, tmp_path: Path) -> None:
+    _, text = front_matter(exported)
+    for said in (
+        "Judge: fit: all 8 gates passed", "Left out of the ratings: 0 of 40 (0.0%)", "safety 55.0% of 40",
+        "Fluency floor -7.5", "3 of 40 (7.5%) responses under it",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "Not fit" not in text
+    spoil(job, "judge", evidence={}, fitness=None, left_out={"rating failed": 2}, quarantined=2, rows_in=42)
+    recipe.export(job, str(tmp_path / "other"), "mit")
+    _, text = front_matter(tmp_path / "other")
+    for said in ("nobody checked whether it is fit", "2 of 42 (4.8%): 2 rating failed", "was not looked up"):
+        assert said in text, said
+
+
+@pytest.mark.parametrize("what", ["pairs", "responses"])
+@pytest.mark.parametrize("suffix", ["html", "csv"])
+def test_a_sheet_shows_them(job: Job, tmp_path: Path, what: str, suffix: str) -> None:
+    to = tmp_path / f"sheet.{suffix}"
+    sheet.show(job, str(to), what, count=5)
+    text = to.read_text(encoding="utf-8-sig")
+    assert "It is health data" in text and "of empathy" in text and "I lie awake, case" in text
+    assert f"5 of {16 if what == 'pairs' else 48} {what}" in job.said[-1]  # type: ignore[attr-defined]
+    assert "awake" not in "".join(job.said)  # type: ignore[attr-defined]
+    with pytest.raises(BadInput, match="is there already"):
+        sheet.show(job, str(to), what)
+    assert to.read_text(encoding="utf-8-sig") == text
+
+
+def test_a_sheet_that_cannot_be_is_one_sentence(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"ends in '\.pdf'; give \.html or \.csv"):
+        sheet.show(job, str(tmp_path / "sheet.pdf"))
+    storage.remove(job.run.path("manifests", "pair.json"))
+    with pytest.raises(BadInput, match="stage pair is not done"):
+        sheet.show(job, str(tmp_path / "sheet.html"))
+    sheet.show(job, str(tmp_path / "sheet.html"), "responses")  # which need no pairs
 
 
 def test_it_starts_a_run(exported: Path) -> None:

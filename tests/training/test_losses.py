@@ -206,6 +206,26 @@ def test_a_tied_reward_counts_half(nano_tokenizer: Any) -> None:
     assert parts["margin"].item() == 0.0
 
 
+def test_a_margin_of_nothing_counts_half(nano_tokenizer: Any) -> None:
+    """A policy that still is its reference prefers nothing, whatever rounding leaves of its margins."""
+    objective = _objective(nano_tokenizer)
+    reference = torch.tensor([-90.0, -80.0, -70.0, -60.0], dtype=torch.float64)
+    for noise, right in (
+        ([0, 0, 0, 0], 1.0),
+        ([3e-6, 0, 0, 4e-6], 1.0),
+        ([0, 3e-6, 0, 4e-6], 1.0),
+        ([1, 0, 0, 0], 1.5),
+    ):
+        policy = reference + torch.tensor(noise, dtype=torch.float64)
+        count = torch.ones(2)
+        pairs = PairLogprobs(policy[:2], policy[2:], reference[:2], reference[2:], count, count)
+        assert objective._statistics(pairs)["accuracy"].item() == right
+    rewards = Reward(RewardConfig(), nano_tokenizer)
+    batch = packed(rewards.groups(PAIRS, 10_000)[0])
+    _, parts = rewards.sums(torch.tensor([1.0, 1.0000001, 2.0, 5.0, 3.0, 0.0]), batch)
+    assert parts["accuracy"].item() == 1.5
+
+
 def test_weights_are_respected(policy: Any, nano_tokenizer: Any) -> None:
     """The supervised loss is the weighted sum of token losses, each weight on the token it stands on."""
     row = {"messages": json.dumps([{"role": "user", "content": SPEECHES[0]}, {"role": "assistant", "content": "Oh."}])}
