@@ -72,7 +72,7 @@ def test_ray():
     ("mode", "has_token", "address", "status"),
     [
         (None, False, None, "ok"),
-        (None, True, None, "ok"),  # the cluster Ray starts here uses this token too
+        (None, True, None, "warn"),  # a head that is started here demands it, and a client is told nothing
         (None, True, "head:6379", "warn"),
         ("token", True, "head:6379", "ok"),
         ("token", False, None, "warn"),

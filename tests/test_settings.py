@@ -21,7 +21,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_every_setting_is_there_in_the_order_of_the_configuration():
     assert [setting.key for setting in find()] == list(known_keys())
-    _, shown = run()
+    _, shown = run("--all")
     assert all(f"\n{key}: " in f"\n{shown}" for key in known_keys())
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from psycho import storage
+from psycho import secrets, storage
 from psycho.cluster import AUTOSCALING
 from psycho.config import EngineConfig, InferenceConfig
 from psycho.errors import BadInput, StageFailed
@@ -205,7 +205,7 @@ def _serve(
         num_cpus=config.cpus_per_worker,
         num_gpus=_gpus(config, gpus_per_worker) or None,
         max_restarts=RESTARTS,
-        runtime_env={"env_vars": dict(config.env)} if config.env else None,
+        runtime_env={"env_vars": early} if (early := secrets.at_start(config.env)) else None,
     )
     wait_for(
         dataset.materialize,
