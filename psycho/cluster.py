@@ -32,11 +32,19 @@ _QUIET = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "1",
-    "DS_ACCELERATOR_QUIET": "1",
+}
+_QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+
+def quiet_libraries() -> None:
+    """Keep bars and warnings of the libraries from between a job's lines, its workers' too; before they are imported,
+    which is when they look."""
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
@@ -51,6 +59,7 @@ def ray_session(config: ClusterConfig, verbose: bool) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    quiet_libraries()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     os.environ[AUTOSCALING] = "1" if config.autoscaling else "0"

@@ -7,6 +7,7 @@ tracebacks are in a log file that the line names, and on the terminal with --ver
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import signal
@@ -21,6 +22,7 @@ import typer
 from rich.console import Console
 
 from psycho import interrupt, secrets, storage
+from psycho.cluster import quiet_libraries
 from psycho.config import Config, load_config
 from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, BadInput
 from psycho.failures import cause, explain, is_plain, traceback_of, without_cells, write_log
@@ -212,8 +214,9 @@ class _Frame:
         config = self._config = load_config(options.config, options.overrides, options.run_dir)
         until = _stages_until(options.until)
         if options.dry_run:
-            (self._plan or print_plan)(config, self._name, Console())
+            (self._plan or functools.partial(print_plan, until=until))(config, self._name, Console())
             return
+        quiet_libraries()
         check_config(config)
         config = self._config = secrets.filled(config)
         if config.training.device == "cpu":

@@ -112,11 +112,12 @@ def launch(
         # Its own limits are the start of the workers and each collective; training as such takes as long as it takes.
         wait_for(trainer.fit, progress=lambda: 0, what="training", start_s=float("inf"), step_s=float("inf"))
     except Exception as error:
+        models = ", ".join(dict.fromkeys(job.model for job in config.get("jobs", ()))) or "the policy"
         for cause in (*_failures(error), error):
             sentence = explain(cause)
             if sentence:
-                raise BadInput(sentence) from error
-        raise StageFailed(f"training failed: {_cause(error)}") from error
+                raise BadInput(f"training of {models}: {sentence}") from error
+        raise StageFailed(f"training of {models} failed: {_cause(error)}") from error
     finally:
         storage.remove(storage_path)
 
