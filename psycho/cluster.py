@@ -87,7 +87,7 @@ def own_token() -> Iterator[None]:
     if known or (before["RAY_AUTH_MODE"] or "").lower() == "disabled":
         yield
         return
-    from ray._raylet import AuthenticationTokenLoader  # private, and pinned with Ray
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # private, and pinned with Ray
 
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     AuthenticationTokenLoader.instance().reset_cache()
@@ -194,14 +194,7 @@ def _check_memory(config: ClusterConfig) -> None:
 
 def _silence_libraries() -> None:
     warnings.filterwarnings("ignore")
-    for name in (
-        "ray",
-        "ray.data",
-        "ray.train",
-        "ray.serve",
-        "vllm",
-        "transformers",
-        "deepspeed",
-        "DeepSpeed",
-    ):
+    for name in ("ray", "ray.serve", "vllm", "transformers", "deepspeed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("ray.data", "ray.train"):  # what they say of an error, the error says too
+        logging.getLogger(name).setLevel(logging.CRITICAL)

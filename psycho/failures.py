@@ -24,9 +24,11 @@ _QUOTED_CELL = re.compile(  # of pyarrow, pydantic, int() and float()
 )
 _LONGEST = 300  # characters of a cause in the line
 _TRACEBACK = re.compile(r'^Traceback \(most recent call last\)|^\s*File ".*", line \d|^ray::', re.MULTILINE)
+_COUNTED = re.compile(r"\d+ validation errors? for ")
+_BAD_INPUT = re.compile(r"^psycho\.errors\.BadInput: (.+)$", re.MULTILINE)
 _RAISED_FROM = "The above exception was the direct cause of the following exception"
 _RAISED_WHILE = "During handling of the above exception, another exception occurred"
-_LAST_LINE = re.compile(r"^(?:[\w.]+\.)?([A-Za-z]\w*(?:Error|Exception|Failed|TimedOut|BadInput))(?:: (.*))?$", re.M)
+_LAST_LINE = re.compile(r"^(?:[\w.]+\.)?([A-Za-z]\w*(?:Error|Exception|Failed|TimedOut))(?:: (.*))?$", re.M)
 _CAUSES = (
     (
         r"unexpected keyword argument '(\w+)'",
@@ -72,10 +74,13 @@ _CAUSES = (
 
 def explain(error: BaseException) -> str | None:
     """The sentence for an error that the user can put right, wherever in the chain (or a Ray worker) it began."""
-    for current in _chain(error):
-        sentence = _sentence(current)
-        if sentence:
-            return sentence
+    links = list(_chain(error))
+    # What was said for a person comes first, and then what is known of causes.
+    for said in (_own_sentence, _sentence):
+        for link in links:
+            sentence = said(link)
+            if sentence:
+                return sentence
     return None
 
 
@@ -84,8 +89,10 @@ def cause(error: BaseException) -> tuple[str, str]:
     links = list(_explicit(error))
     own = next((link for link in links if isinstance(link, StageFailed)), links[-1])
     kind, message = _told(own)
-    line = next((line.strip() for line in message.splitlines() if line.strip()), "")
-    return kind, line[:_LONGEST]
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if lines and _COUNTED.match(lines[0]):  # pydantic says how many first, and then which
+        lines = [" ".join(lines[1:]).partition(" [type=")[0]]
+    return kind, lines[0][:_LONGEST] if lines else ""
 
 
 def engine_failure(error: BaseException, model: str) -> Exception:
@@ -175,10 +182,15 @@ def _told(error: BaseException) -> tuple[str, str]:
     return found[-1][1], (found[-1][2] or "") + first[found[-1].end() :]
 
 
+def _own_sentence(error: BaseException) -> str | None:
+    if isinstance(error, BadInput) and not _TRACEBACK.search(str(error)):
+        return str(error)
+    found = _BAD_INPUT.search(str(error))
+    return found[1] if found else None
+
+
 def _sentence(error: BaseException) -> str | None:
     kind, message = _told(error)
-    if isinstance(error, BadInput) or kind == "BadInput":
-        return message.strip()
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and kind == type(error).__name__:
         where = f" while writing {error.filename}" if error.filename else ""
         return f"the disk is full{where}; free some space and give the same command again"

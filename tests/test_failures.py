@@ -16,6 +16,7 @@ from psycho.failures import cause, engine_failure, explain, is_plain, write_log
 from psycho.inference.loop import EngineFailed, EngineLoop
 from psycho.job import Job, Options, execute
 
+TYPE_ERROR = "TypeError: EngineArgs.__init__() got an unexpected keyword argument 'nonsense'"
 REMOTE = """ray::MapWorker(MapBatches(Durable)).submit() (pid=1, ip=127.0.0.1)
 Traceback (most recent call last):
   File "vllm/llm.py", line 1, in __init__
@@ -66,6 +67,16 @@ def test_an_unknown_cause_of_an_engine_is_its_first_line():
     assert isinstance(failure, StageFailed) and str(failure) == "model owner/model does not start: RuntimeError: boom"
 
 
+def test_a_validation_error_is_told_by_what_it_is_about():
+    said = (
+        "1 validation error for ModelConfig\n  Value error, max_model_len (9) is greater than 7 [type=value_error, x]"
+    )
+    failure = engine_failure(ValueError(said), "owner/model")
+    assert (
+        str(failure) == "model owner/model does not start: ValueError: Value error, max_model_len (9) is greater than 7"
+    )
+
+
 def test_ours_travels_through_the_loop_and_over_the_wire():
     def hold(model: str) -> None:
         raise BadInput(f"model {model} does not start")
@@ -87,6 +98,14 @@ def test_the_innermost_cause_of_a_workers_traceback():
     assert cause(died) == ("KeyError", "7")
 
 
+def test_a_sentence_of_ours_comes_before_what_is_known_of_its_cause():
+    text = f"{REMOTE}\n\n{failures._RAISED_FROM}:\n\npsycho.errors.BadInput: model m"
+    assert explain(ray_error(text, RuntimeError())) == "model m"
+    failed = EngineFailed("the engine failed")
+    failed.cause = BadInput("model n")
+    assert explain(ray_error(REMOTE, failed)) == "model n"
+
+
 def test_ours_is_kept_as_it_is():
     lost = StageFailed("a worker died; give the same command again")
     lost.__cause__ = RuntimeError("socket closed")
@@ -97,7 +116,7 @@ def test_ours_is_kept_as_it_is():
 
 def test_a_worker_that_finds_the_disk_full():
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/part")
-    assert "the disk is full" in str(explain(ray_error(f"{REMOTE}\nOSError: {full}", full)))
+    assert "the disk is full" in str(explain(ray_error(REMOTE.replace(TYPE_ERROR, f"OSError: {full}"), full)))
 
 
 def test_what_a_person_sees_of_a_workers_failure(tmp_path, capsys):

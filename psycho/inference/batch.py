@@ -187,7 +187,7 @@ def _serve(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     if not logging.getLogger("ray").isEnabledFor(logging.WARNING):  # a quiet run; Ray Data set itself up anew
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of an error, the error says too
     workers, size, batches = layout(requests.num_rows, config, at_once)
     rows = int(min(size, max(1, requests.num_rows * _UNWRITTEN / (workers * batches))))
     blocks = [requests.slice(start, size) for start in range(0, requests.num_rows, size)]
