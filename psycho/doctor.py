@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import sys
 import sysconfig
 import tomllib
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import psutil
 from packaging.requirements import Requirement
@@ -32,13 +30,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from psycho.errors import EXIT_BAD_INPUT, EXIT_DONE
+from psycho.knock import answers
+from psycho.knock import host_and_port as host_and_port
 
 Status = Literal["ok", "warn", "fail"]
 
 GIB = 2**30
 DISK_FAIL_GIB, DISK_WARN_GIB = 2.0, 10.0
 SHARED_MEMORY_WARN_GIB = 2.0
-CONNECT_TIMEOUT_S = 2.0
 
 INSTALL_CPU = "run make install, or pip install --no-deps -r requirements/cpu.txt"
 INSTALL_GPU = "in a copy of its own run make install LOCK=requirements/gpu.txt"
@@ -170,23 +169,34 @@ def check_ray_auth(mode: str | None, has_token: bool, address: str | None) -> Ch
         advice = "A shell without the variable turns it on: set the variable everywhere, or delete the token."
         return Check(name, "warn", found, advice)
     if mode is None and has_token and address:
-        advice = "Ray will send this token: the cluster must hold the same, else set RAY_AUTH_MODE=disabled."
+        advice = "Set RAY_AUTH_MODE=token where the cluster holds the same token, else RAY_AUTH_MODE=disabled."
+        return Check(name, "warn", found, advice)
+    if mode is None and has_token:
+        advice = (
+            "A head that is started here demands it; before `ray job submit` set RAY_AUTH_MODE=token, or delete "
+            "~/.ray/auth_token if no cluster of yours uses it."
+        )
         return Check(name, "warn", found, advice)
     return Check(name, "ok", found)
 
 
-def host_and_port(address: str) -> tuple[str, int] | None:
-    """Where to knock for a RAY_ADDRESS, or None where it names no host ("auto", "local").
+def check_hub_token(place: str | None, address: str | None) -> Check:
+    """`place` says where this machine has a token for the Hugging Face hub; `address` is RAY_ADDRESS.
 
-    >>> host_and_port("ray://head:10001")
-    ('head', 10001)
+    Workers of a Ray that a job starts itself have the environment of the command. Those of a cluster do not have that
+    of the shell which submits.
     """
-    parts = urlsplit(address if "//" in address else f"//{address}")
-    try:
-        port = parts.port
-    except ValueError:
-        return None
-    return (parts.hostname, port) if parts.hostname and port else None
+    name = "Hub token"
+    if place is None:
+        return Check(name, "ok", "none; models that are gated or private need one (export HF_TOKEN)")
+    if address and place == "HF_TOKEN":
+        advice = (
+            "A cluster's workers do not see this shell: put the token into ~/.cache/huggingface/token of its nodes, "
+            "name a file of it that they see in inference.env.HF_TOKEN_PATH, or submit with "
+            """--runtime-env-json '{"env_vars": {"HF_TOKEN": "..."}}'. Never with --set."""
+        )
+        return Check(name, "warn", f"{place}, of this shell alone", advice)
+    return Check(name, "ok", place)
 
 
 # What is installed: a mapping from normalised name to version
@@ -306,16 +316,13 @@ def free_gib(path: str) -> float | None:
         return None
 
 
-def answers(address: str) -> bool | None:
-    """Whether something listens at a RAY_ADDRESS; None where it names no host."""
-    target = host_and_port(address)
-    if target is None:
-        return None
-    try:
-        with socket.create_connection(target, CONNECT_TIMEOUT_S):
-            return True
-    except OSError:
-        return False
+def hub_token() -> str | None:
+    """Where the hub's libraries would find a token; the token itself is of no concern here."""
+    if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
+        return "HF_TOKEN"
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token"))
+    return str(file) if file.is_file() else None
 
 
 def has_ray_token() -> bool:
@@ -339,6 +346,7 @@ def examine() -> list[Check]:
         check_gpus(torch, shutil.which("nvidia-smi") is not None),
         check_ray(installed.get("ray"), address, answers(address) if address else None),
         check_ray_auth(mode, has_ray_token(), address),
+        check_hub_token(hub_token(), address),
         check_engine(installed, len(torch.gpus)),
         check_torchvision(installed, torch),
         check_pins(psycho_requirements(), installed),

@@ -1,8 +1,8 @@
 """The errors a user meets, and the exit code each one ends with.
 
 A job exits 0 when done, 2 on bad input or configuration, 3 when the judge is unfit (`judge.unfit: stop`), 1 when it
-failed, 130 when interrupted. Everything a user can put right is a `BadInput`: one clear sentence that names the file,
-row, key or value and says what to do. It never carries client speech.
+failed, 130 when interrupted by Ctrl-C and 143 by SIGTERM. Everything a user can put right is a `BadInput`: one clear
+sentence that names the file, row, key or value and says what to do. It never carries client speech.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_UNFIT = 3
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class BadInput(Exception):

@@ -1,17 +1,17 @@
 """The frame around every job: options, configuration, Ray, and how it ends.
 
 `python -m ray_jobs.<job> --config configs/<name>.yaml`, the same under `ray job submit`, and `psycho <job>` all come
-through `main`. A person's mistake ends in one sentence and exit code 2; a traceback is for our own mistakes.
+through `main`. A person's mistake ends in one sentence and exit code 2, any other failure in one line and exit code 1;
+tracebacks are in a log file that the line names, and on the terminal with --verbose.
 """
 
 from __future__ import annotations
 
-import errno
+import functools
 import inspect
 import os
-import re
+import signal
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,33 +21,47 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from psycho import interrupt, storage
+from psycho import interrupt, secrets, storage
+from psycho.cluster import quiet_libraries
 from psycho.config import DEFAULT_CONFIG, Config, load_config
 from psycho.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
     EXIT_UNFIT,
     BadInput,
-    StageFailed,
     UnfitJudge,
 )
+from psycho.failures import cause, explain, is_plain, traceback_of, without_cells, write_log
+from psycho.lease import Lease
 from psycho.progress import Progress
 from psycho.quality import told
 from psycho.run import Run, StageResult
 
-_QUOTED_CELL = re.compile(  # of pyarrow, pydantic, int() and float()
-    r"(\bArrow\w+: Could not convert|\binput_value=|invalid literal for \w+\(\) with base \d+:|string to float:).*"
-)
+READERS = frozenset({"export", "serve", "show", "nano", "fetch"})
+"""Jobs that write nothing into the run folder: they need no lease of it, and leave its configuration as it is."""
 
 
 class Job:
     """What a recipe gets: the configuration, the run folder, progress, and Ray once somebody needs it."""
 
-    def __init__(self, config: Config, run: Run, resources: ExitStack, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        resources: ExitStack,
+        verbose: bool = False,
+        lease: Lease | None = None,
+        until: tuple[str, ...] = (),
+    ) -> None:
+        """`until`: the stages that a pipeline goes through, at most."""
         self.config, self.run, self.verbose = config, run, verbose
+        self.until = until
+        self.of: tuple[str, ...] = ()  # the stages that are to be run one after the other, for their numbers
         self.progress = Progress()
+        self._lease = lease
         self.manifests: dict[str, dict[str, Any]] = {}
         self._resources = resources
         self._ray_is_up = False
@@ -58,6 +72,7 @@ class Job:
             from psycho.cluster import ray_session
 
             self._resources.enter_context(ray_session(self.config.cluster, self.verbose))
+            interrupt.renew()
             self._ray_is_up = True
 
     def stage(self, name: str, body: Callable[[str], StageResult]) -> None:
@@ -65,21 +80,25 @@ class Job:
         interrupt.check()
         reason = self.run.why_not_done(name)
         done = reason is None
+        place = f"stage {self.of.index(name) + 1} of {len(self.of)}: " if name in self.of else ""
 
         def announced(partial: str) -> StageResult:
             again = f": once more, {reason}" if self.run.manifest(name) else ""
-            self.progress.say(f"[bold]{name}[/bold]{again}")
+            self.progress.say(f"{place}[bold]{name}[/bold]{again}")
             if (others := self.run.unfinished_others(name)) and not storage.exists(partial):
                 self.progress.say(
                     f"  note: {name} was interrupted under other settings and begins anew; {', '.join(others)} is "
                     "removed once it is done, and gone on from if those settings come back before that"
                 )
-            return body(partial)
+            self._still_ours()
+            result = body(partial)
+            self._still_ours()
+            return result
 
         manifest = self.run.execute(name, announced)
         self.manifests[name] = manifest
         if done:
-            self.progress.say(f"{name}: done before, skipped")
+            self.progress.say(f"{place}{name}: done before, skipped")
             return
         parts = [f"{manifest['rows_out']:,} rows"]
         if manifest["quarantined"]:
@@ -92,6 +111,11 @@ class Job:
         where = ", ".join(self.run.path(output) for output in self.run.stages[name].outputs)
         self.progress.say(f"  {name}: {', '.join(parts)} in {manifest['seconds']:.0f} s -> {where}")
 
+    def _still_ours(self) -> None:
+        interrupt.check()
+        if self._lease:
+            self._lease.check()
+
 
 @dataclass(frozen=True)
 class Options:
@@ -102,6 +126,7 @@ class Options:
     run_dir: str | None = None
     dry_run: bool = False
     verbose: bool = False
+    until: str | None = None
 
 
 ConfigFile = Annotated[Path, typer.Option(help="configuration file, or the name of one that psycho brings")]
@@ -111,7 +136,8 @@ Overrides = Annotated[
 ]
 RunDir = Annotated[str | None, typer.Option(help="run folder: a path or an s3:// or gs:// URI")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and touch nothing")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="show the logs of Ray and vLLM, and tracebacks")]
+Until = Annotated[str | None, typer.Option(metavar="STAGE", help="stop after this stage, and report what is there")]
 Recipe = Callable[[Job], None]
 FileRecipe = Callable[[Job, str], None]
 Plan = Callable[[Config, str, Console], None]
@@ -125,6 +151,10 @@ class FileOption:
     help: str
 
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad input or configuration (one sentence), 1 failed (one line, and a log), 130 interrupted "
+    "by Ctrl-C, 143 by SIGTERM; after both the same command goes on."
+)
 FILE_OPTIONS = {
     "judge": FileOption("calibrate", "compare the judge with the human ratings in this CSV, JSONL or Parquet file"),
 }
@@ -142,109 +172,106 @@ def register(
         run_dir: RunDir = None,
         dry_run: DryRun = False,
         verbose: Verbose = False,
+        until: Until = None,
     ) -> None:
         chosen = recipe if file is None or with_file is None else lambda job: with_file(job, file)
-        options = Options(config, tuple(set_ or ()), run_dir, dry_run, verbose)
+        options = Options(config, tuple(set_ or ()), run_dir, dry_run, verbose, until)
         raise typer.Exit(execute(name, chosen, options))
 
-    if with_file is None:  # this job has no such option
-        signature = inspect.signature(_command, eval_str=True)
-        others = [parameter for parameter in signature.parameters.values() if parameter.name != "file"]
-        _command.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
+    left_out = {"until"} if name != "pipeline" else set()
+    if with_file is None:
+        left_out.add("file")
     else:
         option = FILE_OPTIONS[name]
         declared = typer.Option(f"--{option.name}", metavar="FILE", help=option.help)
         _command.__annotations__["file"] = Annotated[str | None, declared]
-    app.command(name=name, help=(documentation or name).strip())(_command)
+    signature = inspect.signature(_command, eval_str=True)
+    others = [parameter for parameter in signature.parameters.values() if parameter.name not in left_out]
+    _command.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
+    app.command(name=name, help=(documentation or name).strip(), epilog=EXIT_CODES)(_command)
 
 
 def execute(name: str, recipe: Recipe, options: Options, plan: Plan | None = None) -> int:
     """Run a recipe and return the exit code; `plan` says what it would do, where that is not the plan of stages."""
     errors = Console(stderr=True, soft_wrap=True)
-    try:
-        with interrupt.remembered():
-            _run(name, recipe, options, plan)
-    except KeyboardInterrupt:
-        errors.print("interrupted; the same command goes on from here", highlight=False)
-        return EXIT_INTERRUPTED
-    except UnfitJudge as error:
-        errors.print(f"stopped: {error}", style="red", highlight=False, markup=False)
-        return EXIT_UNFIT
-    except Exception as error:
-        sentence = explain(error)
-        if sentence:
-            errors.print(f"error: {sentence}", style="red", highlight=False, markup=False)
-            return EXIT_BAD_INPUT
-        if options.verbose or not isinstance(error, StageFailed):
-            print(without_cells("".join(traceback.format_exception(error))), file=sys.stderr)
-        errors.print(
-            without_cells(f"failed: {type(error).__name__}: {_first_line(error)}"),
-            style="red",
-            highlight=False,
-            markup=False,
-        )
-        return EXIT_FAILED
+    frame = _Frame(name, recipe, options, plan)
+    with interrupt.remembered():
+        try:
+            frame.run()
+        except KeyboardInterrupt:
+            errors.print("interrupted; the same command goes on from here", highlight=False)
+            return EXIT_TERMINATED if interrupt.last() is signal.SIGTERM else EXIT_INTERRUPTED
+        except UnfitJudge as error:
+            errors.print(f"stopped: {error}", style="red", highlight=False, markup=False)
+            return EXIT_UNFIT
+        except Exception as error:
+            line, code = frame.told(error)
+            errors.print(line, style="red", highlight=False, markup=False)
+            return code
     return EXIT_DONE
 
 
-def without_cells(text: str) -> str:
-    """An error's text without the values that libraries quote in it: a client may have written them."""
-    return _QUOTED_CELL.sub(r"\1 (what it quotes is not shown)", text)
+class _Frame:
+    """One call of a job: what is known of it when it fails."""
+
+    def __init__(self, name: str, recipe: Recipe, options: Options, plan: Plan | None) -> None:
+        self._name, self._recipe, self._options, self._plan = name, recipe, options, plan
+        self._config: Config | None = None
+        self._root: str | None = None
+
+    def run(self) -> None:
+        from psycho.plan import print_plan
+        from psycho.stages import STAGES, check_config
+
+        options = self._options
+        config = self._config = load_config(options.config, options.overrides, options.run_dir)
+        until = _stages_until(options.until)
+        if options.dry_run:
+            (self._plan or functools.partial(print_plan, until=until))(config, self._name, Console())
+            return
+        quiet_libraries()
+        check_config(config)
+        config = self._config = secrets.filled(config)
+        if config.training.device == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU, and say so
+        run = Run(config, STAGES)
+        with ExitStack() as resources:
+            lease = None
+            if self._name in READERS:
+                run.check()
+            else:
+                lease = run.take()
+                resources.callback(lease.release)
+                run.open()
+                self._root = run.root
+            self._recipe(Job(config, run, resources, options.verbose, lease, until))
+
+    def told(self, error: Exception) -> tuple[str, int]:
+        """The line for a person, and the exit code; what the line leaves out goes into a log."""
+        private = secrets.values(*([self._config.inference.env, self._config.training.env] if self._config else []))
+        sentence = explain(error)
+        kind, message = cause(error)
+        line = f"error: {sentence}" if sentence else f"failed: {kind}: {message}"
+        if not is_plain(error):
+            if self._options.verbose:
+                print(traceback_of(error, private), file=sys.stderr)
+            log = write_log(error, self._name, self._root, private)
+            line += f"; the traceback is in {log}" if log else ""
+        return secrets.scrub(without_cells(line), private), EXIT_BAD_INPUT if sentence else EXIT_FAILED
 
 
-def explain(error: BaseException) -> str | None:
-    """The sentence for an error that the user can put right, wherever in the chain (or a Ray worker) it began."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        current = waiting.pop(0)
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        # An error that Ray carries over is of both types; its `cause` is the bare one, without the traceback.
-        inner = getattr(current, "cause", None)
-        sentence = None if isinstance(inner, BaseException) else _sentence(current)
-        if sentence:
-            return sentence
-        context = None if current.__suppress_context__ else current.__context__
-        waiting += [inner if isinstance(inner, BaseException) else None, current.__cause__, context]
-    return None
+def _stages_until(last: str | None) -> tuple[str, ...]:
+    """The stages up to this one; all without one.
 
-
-def _sentence(error: BaseException) -> str | None:
-    if isinstance(error, BadInput):
-        return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; free some space and give the same command again"
-    if "No space left on device" in str(error):
-        return "the disk is full; free some space and give the same command again"
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return "the port is in use; choose another with --set serving.port=..."
-    return None
-
-
-def _run(name: str, recipe: Recipe, options: Options, plan: Plan | None) -> None:
-    from psycho.plan import print_plan
+    Raises:
+        BadInput: there is no such stage.
+    """
     from psycho.stages import STAGES
 
-    config = load_config(options.config, options.overrides, options.run_dir)
-    if options.dry_run:
-        (plan or print_plan)(config, name, Console())
-        return
-    from psycho.stages import check_config
-
-    check_config(config)
-    if config.training.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU, and say so
-    run = Run(config, STAGES)
-    run.open()
-    with ExitStack() as resources:
-        recipe(Job(config, run, resources, options.verbose))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
+    names = tuple(stage.name for stage in STAGES)
+    if last is not None and last not in names:
+        raise BadInput(f"--until {last}: there is no such stage; the stages are {', '.join(names)}")
+    return names if last is None else names[: names.index(last) + 1]
 
 
 def main(name: str, recipe: Recipe, documentation: str | None, with_file: FileRecipe | None = None) -> None:

@@ -86,9 +86,14 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def print_plan(config: Config, job: str, console: Console) -> None:
-    """Print what `job` would do with this configuration; nothing is created, started or downloaded."""
+def print_plan(config: Config, job: str, console: Console, until: Sequence[str] = ()) -> None:
+    """Print what `job` would do with this configuration; nothing is created, started or downloaded.
+
+    `until`: the stages that a pipeline would go through; all without any.
+    """
     plan = build_plan(config, job)
+    if until:
+        plan = replace(plan, stages=tuple(stage for stage in plan.stages if stage.name in until))
     size = parameters_b(config, config.policy)
     done = ", ".join(stage.name for stage in plan.stages if stage.done) or "none"
     for line in (

@@ -79,6 +79,8 @@ class Progress:
     def _read(self, name: str) -> tuple[int, int, str]:
         import ray
 
+        if not ray.is_initialized():  # it went down meanwhile: asking would start another
+            return 0, 0, ""
         try:
             return ray.get(self._counter.read.remote(name), timeout=5)
         except Exception:  # the display must never end the work it shows

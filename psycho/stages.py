@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from psycho import storage
+from psycho import secrets, storage
 from psycho.checks import check_together
 from psycho.config import ENGINE_ROUNDING, TRAINING_ROUNDING, Config, JudgeConfig
 from psycho.errors import BadInput
@@ -228,6 +228,7 @@ def check_config(config: Config) -> None:
         BadInput: a setting that the loop needs is empty, settings contradict each other, or a model's folder is not
             whole.
     """
+    secrets.filled(config)
     check_placement(config)
     check_together(config)
     imported = starts_from_pairs(config)

@@ -122,19 +122,26 @@ def doctor() -> None:
 
 @app.command(name="settings")
 def settings(
-    section: Annotated[str | None, typer.Argument(help="such as online or online.sampling; all without one")] = None,
+    asked: Annotated[
+        str | None,
+        typer.Argument(metavar="[KEY OR WORD]", help="such as online.sampling or beta; the sections without one"),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="say too what this file sets otherwise")] = None,
+    every: Annotated[bool, typer.Option("--all", help="every setting")] = False,
 ) -> None:
     """what can be set, by --set or in a file: kind, default, meaning; none is written null there"""
-    from psycho.settings import changed, find, print_settings
+    from psycho.settings import changed, find, overview, print_overview, print_settings
 
     try:
-        found = find(section)
+        found = find(asked)
         here = changed(load_config(config)) if config else {}
     except BadInput as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(EXIT_BAD_INPUT) from None
-    print_settings(found, here, Console())
+    if asked or config or every:
+        print_settings(found, here, Console())
+    else:
+        print_overview(overview(), Console())
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 
 from psycho import storage
+from psycho.errors import BadInput
 from psycho.evaluation.summary import write_summary
 from psycho.evaluation.terminal import show_results
 from psycho.job import Job, main
@@ -33,17 +34,29 @@ STAGES = (prepare, generate, judge, pair, train_sft, train_reward, train_dpo, tr
 
 
 def pipeline(job: Job) -> None:
-    """Run every stage, then write `summary.json` and print the results."""
+    """Run every stage, or those up to `--until` and the report, then write `summary.json` and print the results."""
     started = time.monotonic()
+    left_out = (generate, judge) if starts_from_pairs(job.config) else ()
+    stages = [stage for stage in STAGES if stage not in left_out and stage.__name__ in job.until]
+    job.of = tuple(stage.__name__ for stage in stages)
     with PeakMemory() as memory:
-        left_out = (generate, judge) if starts_from_pairs(job.config) else ()
-        for stage in STAGES:
-            if stage not in left_out:
-                stage(job)
+        for stage in stages:
+            stage(job)
+        if report not in stages:
+            _report_so_far(job)
         summary = write_summary(job, time.monotonic() - started, memory.gib)
     show_results(job.progress.console, summary)
-    job.progress.say(f"report: {storage.join(job.run.root, 'report.html')}")
+    if storage.exists(job.run.path("report.html")):
+        job.progress.say(f"report: {job.run.path('report.html')}")
     job.progress.say(f"{time.monotonic() - started:.0f} s, peak memory {memory.gib:.1f} GiB")
+
+
+def _report_so_far(job: Job) -> None:
+    """The report of a run that is not at its end."""
+    try:
+        report(job)
+    except BadInput as error:
+        job.progress.say(f"no report yet: {error}")
 
 
 if __name__ == "__main__":

@@ -73,11 +73,14 @@ def local_ray() -> Iterator[None]:
     """A Ray of the module's own, with more logical CPUs than the machine has; nothing else is touched."""
     import ray
 
+    from psycho.cluster import own_token
+
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**28)
-    yield
-    ray.shutdown()
+    with own_token():  # else it would leave one in ~/.ray, which every later head of this machine demands
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**28)
+        yield
+        ray.shutdown()
 
 
 class Bucket:

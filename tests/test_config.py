@@ -190,6 +190,7 @@ def test_as_many_models_as_the_pool_holds_is_possible():
         ("judge.fluency_floor=null", "judge.fluency_floor", None),
         ("judge.fluency_floor=-8.75", "judge.fluency_floor", -8.75),
         ("inference.env={A: '1'}", "inference.env", {"A": "1"}),
+        ("inference.env.A=null", "inference.env", {"A": None}),
     ],
 )
 def test_overrides(file, override, key, value):
@@ -210,7 +211,8 @@ def test_overrides_of_lists_of_an_empty_section_and_the_last_one_wins(file):
         ("seed", "is not key=value"),
         ("=3", "is not key=value"),
         ("seed.more=3", "seed is a value, not a section"),
-        ("seed=", "seed: input should be a valid integer"),
+        ("seed=", "--set seed: seed: input should be a valid integer"),
+        ("pairs={min_gap: 1, min_gap: 2}", "--set pairs: the value has the key min_gap twice, in line 1"),
         ("name=[", "--set name: the value is not valid YAML"),
         ("name=2001-99-99", "--set name: the value is not valid YAML"),
         ("training.dpo.bata=1", "did you mean training.dpo.beta?"),
@@ -223,6 +225,56 @@ def test_bad_overrides(file, override, part):
     assert part in str(caught.value)
 
 
+def test_an_entry_of_a_list_can_be_set():
+    nano = Path(__file__).parents[1] / "configs" / "nano.yaml"
+    before = load_config(nano).generation.pool
+    overrides = [
+        "generation.pool.1.model=o/m",
+        "generation.pool.0.engine.dtype=float16",
+        "generation.pool.4={name: z, model: o/z}",
+    ]
+    pool = load_config(nano, overrides).generation.pool
+    assert (pool[1].name, pool[1].model) == (before[1].name, "o/m")
+    assert pool[0].engine is not None and pool[0].engine.dtype == "float16"
+    assert (pool[4].name, pool[2], pool[3]) == ("z", before[2], before[3])
+
+
+@pytest.mark.parametrize("override", [f"generation.pool.{place}=a" for place in ("5.model", "first.model", "-1")])
+def test_an_entry_that_is_not_there(override):
+    with pytest.raises(BadInput, match=r"generation.pool is a list and has no entry .*; its entries are 0 to 4"):
+        load_config(Path(__file__).parents[1] / "configs" / "nano.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "origin"),
+    [
+        (["pairs.min_gap=9"], "--set pairs.min_gap: pairs.min_gap: "),
+        (["seed=1", "speeches.max_chars=50", "name=a"], "--set speeches.max_chars: speeches: "),
+        (["training.sequence_parallel=2", "training.workers=3"], "--set training.workers: training: "),
+        (["pairs.min_gap=9", "pairs.min_gap=9.5"], "--set pairs.min_gap: "),
+        (["training.keep=best", "seed=2"], "--set training.keep: configuration: "),
+    ],
+)
+def test_an_error_in_a_set_names_the_set(file, overrides, origin):
+    with pytest.raises(BadInput) as caught:
+        load_config(file, overrides)
+    assert str(caught.value).startswith(origin)
+
+
+def test_an_error_of_the_file_names_the_file_whatever_is_set(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("seed: 3\npairs: {min_gap: 9}\n")
+    with pytest.raises(BadInput, match=f"^{path}: pairs.min_gap"):
+        load_config(path, ["seed=1"])
+
+
+def test_a_key_of_a_merged_section_may_be_set_again(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("judge: &one\n  model: o/j\n  retries: 1\nevaluation:\n  judge:\n    <<: *one\n    retries: 2\n")
+    config = load_config(path)
+    assert config.judge.retries == 1 and config.evaluation.judge is not None and config.evaluation.judge.retries == 2
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
@@ -232,6 +284,9 @@ def test_bad_overrides(file, override, part):
         (b"seed: \x00\n", "is not valid YAML"),
         (b"", "holds no settings"),
         (b"- seed\n", "holds no settings"),
+        (b"seed: 1\npairs:\n  min_gap: 1\n  min_gap: 2\n", "has the key min_gap twice, in lines 3 and 4"),
+        (b"seed: 1\nname: a\nseed: 2\n", "has the key seed twice, in lines 1 and 3; keep one of them"),
+        (b"pairs: {min_gap: 1, min_gap: 2}\n", "has the key min_gap twice, in line 1"),
         (b"name: \xff\xfe\n", "check it is UTF-8"),
     ],
 )

@@ -84,7 +84,7 @@ def test_ray():
     ("mode", "has_token", "address", "status"),
     [
         (None, False, None, "ok"),
-        (None, True, None, "ok"),  # the cluster Ray starts here uses this token too
+        (None, True, None, "warn"),  # a head that is started here demands it, and a client is told nothing
         (None, True, "head:6379", "warn"),
         ("token", True, "head:6379", "ok"),
         ("token", False, None, "warn"),
@@ -168,5 +168,36 @@ def test_the_table_shows_findings_and_advice_as_they_are():
 
 def test_this_machine_is_examined_without_a_crash():
     checks = doctor.examine()
-    assert len({check.name for check in checks}) == len(checks) == 13
+    assert len({check.name for check in checks}) == len(checks) == 14
     assert all(check.advice for check in checks if check.status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("place", "address", "status"),
+    [
+        (None, None, "ok"),
+        (None, "head:6379", "ok"),
+        ("HF_TOKEN", None, "ok"),
+        ("HF_TOKEN", "http://head:8265", "warn"),
+        ("/home/me/.cache/huggingface/token", "head:6379", "ok"),
+    ],
+)
+def test_hub_token(place, address, status):
+    check = doctor.check_hub_token(place, address)
+    assert check.status == status
+    assert ("--runtime-env-json" in check.advice) == (status == "warn")
+
+
+def test_where_a_hub_token_is(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HOME", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert doctor.hub_token() is None
+    file = tmp_path / ".cache" / "huggingface" / "token"
+    file.parent.mkdir(parents=True)
+    file.write_text("hf_secret")
+    assert doctor.hub_token() == str(file)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "other"))
+    assert doctor.hub_token() is None
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert doctor.hub_token() == "HF_TOKEN"

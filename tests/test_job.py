@@ -74,17 +74,21 @@ def options(tmp_path: Path) -> Options:
         (chained(system_error(errno.EADDRINUSE), "cause"), 2, "error: the port is in use"),
     ],
 )
-def test_what_a_person_can_understand_is_one_line_and_an_exit_code(options, capsys, error, code, said):
+def test_what_a_person_can_understand_is_one_line_and_an_exit_code(options, tmp_path, capsys, error, code, said):
     assert execute("prepare", raising(error), options) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(said) and err.count("\n") == 1 and "Traceback" not in err
+    assert (tmp_path / "run" / "logs").exists() == ("; the traceback is in " in err)
+    assert ("; the traceback is in " in err) == (error.__cause__ is not None)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom\nmore"), system_error(errno.EIO, "/x/a"), KeyError("a")])
-def test_our_own_mistakes_come_with_their_traceback(options, capsys, error):
+def test_our_own_mistakes_are_one_line_too_that_names_their_traceback(options, capsys, error):
     assert execute("prepare", raising(error), options) == 1
     err = capsys.readouterr().err
-    assert "Traceback" in err and err.splitlines()[-1].startswith(f"failed: {type(error).__name__}: ")
+    assert err.count("\n") == 1 and err.startswith(f"failed: {type(error).__name__}: ")
+    if not isinstance(error, OSError):  # whose line says all there is
+        assert "Traceback" in Path(err.rstrip().rpartition(" ")[2]).read_text()
 
 
 CELL = "what a client\nsaid"  # never written out below: a traceback shows lines of code
@@ -103,10 +107,12 @@ def test_no_error_shows_a_cell(options, capsys, fails):
     def recipe(_: Job) -> None:
         fails()
 
-    assert execute("prepare", recipe, options) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" in said and "what it quotes is not shown" in said
-    assert "what a client" not in said and "said" not in said
+    assert execute("prepare", recipe, replace(options, verbose=True)) == 1
+    shown = capsys.readouterr().err
+    logged = Path(shown.rstrip().rpartition(" ")[2]).read_text()
+    for said in (shown, logged):
+        assert "Traceback" in said and "what it quotes is not shown" in said
+        assert "what a client" not in said and "said" not in said
 
 
 def test_a_failed_stage_shows_its_traceback_when_asked(options, capsys):
@@ -255,6 +261,7 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv(cluster.AUTOSCALING, "0")  # the session sets it; to be put back
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refused)
+    monkeypatch.setattr(cluster, "answers", lambda address: True)
     with (
         pytest.raises(BadInput, match=r"Ray at head:6379 does not answer \(ConnectionError\)"),
         cluster.ray_session(ClusterConfig(address="head:6379"), verbose=True),
@@ -276,9 +283,165 @@ def test_ray_says_nothing_of_its_log_level_and_its_errors_are_heard(monkeypatch,
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "answers", lambda address: True)
     monkeypatch.setattr(ray, "init", init)
     ends = pytest.raises(KeyboardInterrupt) if fails else nullcontext()
     with ends, cluster.ray_session(ClusterConfig(address="head:6379"), verbose=False):
         os.write(2, b" and later\n")
     said = capfd.readouterr().err
     assert said == "the disk of the object store is full\nand so on" + ("" if fails else " and later\n")
+
+
+def test_what_ray_says_of_each_try_to_reach_a_cluster_is_not_shown_where_a_sentence_says_it(monkeypatch, capfd):
+    def refused(**_: Any) -> None:
+        os.write(2, b"[W 1 1] gcs_client.cc:210: Failed to get cluster ID from GCS server\n" * 9)
+        raise ConnectionError("no")
+
+    monkeypatch.setattr(cluster, "_QUIET", {})
+    monkeypatch.setattr(cluster, "_silence_libraries", lambda: None)
+    monkeypatch.setattr(cluster, "answers", lambda address: True)
+    for name in (cluster.AUTOSCALING, cluster.OWN_RAY, "RAY_BACKEND_LOG_LEVEL"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refused)
+    with (
+        pytest.raises(BadInput, match="does not answer"),
+        cluster.ray_session(ClusterConfig(address="head:6379"), verbose=False),
+    ):
+        pytest.fail("the job went on")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "token"),
+    [
+        ({}, True),
+        ({"RAY_AUTH_MODE": "token"}, True),
+        ({"RAY_AUTH_MODE": "disabled"}, False),
+        ({"RAY_AUTH_TOKEN": "mine"}, False),
+        ({"RAY_AUTH_TOKEN_PATH": "/mine"}, False),
+    ],
+)
+def test_a_ray_of_our_own_has_a_token_of_its_own_and_leaves_none(tmp_path, monkeypatch, before, token):
+    """Ray would put one into ~/.ray for good, and every head that is started later demands it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+        if name in before:
+            monkeypatch.setenv(name, before[name])
+    with cluster.own_token():
+        assert len(os.environ.get("RAY_AUTH_TOKEN", "")) == (64 if token else len(before.get("RAY_AUTH_TOKEN", "")))
+    after = {name: os.environ[name] for name in os.environ if name.startswith("RAY_AUTH")}
+    assert {k: v for k, v in after.items() if k != "RAY_AUTH_MODE"} == {
+        k: v for k, v in before.items() if k != "RAY_AUTH_MODE"
+    }
+    assert after.get("RAY_AUTH_MODE") == before.get("RAY_AUTH_MODE") or not token
+
+
+@pytest.mark.parametrize("folder", ["", " "])
+def test_an_empty_run_folder_is_one_sentence(tmp_path, monkeypatch, capsys, folder):
+    monkeypatch.chdir(tmp_path)
+    assert execute("prepare", raising(RuntimeError()), Options(run_dir=folder)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --run-dir is empty; name a folder") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EROFS, "Read-only file system"), (errno.ENOENT, "No such file"), (errno.EACCES, "Permission denied")],
+)
+def test_a_run_folder_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch, number, said):
+    def refused(*_: Any, **__: Any) -> None:
+        raise system_error(number)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert execute("prepare", raising(RuntimeError()), Options(run_dir=str(tmp_path / "run"))) == 2
+    err = capsys.readouterr().err
+    assert f"run folder {tmp_path / 'run'} cannot be written ({said}" in err and err.count("\n") == 1
+
+
+def test_a_folder_of_the_kernels_is_no_run_folder(capsys):
+    assert execute("prepare", raising(RuntimeError()), Options(run_dir="/proc/x")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: run folder /proc/x cannot be written (") and err.count("\n") == 1
+
+
+def test_a_folder_in_use_is_refused_and_left_as_it_is(tmp_path, capsys):
+    from psycho.lease import held
+
+    folder = tmp_path / "run"
+    with held(str(folder)):
+        before = {path.name: path.read_text() for path in folder.iterdir()}
+        assert execute("prepare", raising(RuntimeError()), Options(run_dir=str(folder))) == 2
+        assert f"in use by process {os.getpid()} on" in capsys.readouterr().err
+        assert {path.name: path.read_text() for path in folder.iterdir()} == before
+        assert execute("export", lambda job: None, Options(run_dir=str(folder))) == 0, "a reader needs no lease"
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("x"), BadInput("x"), KeyboardInterrupt()])
+def test_the_folder_is_free_after_a_job_however_it_ended(tmp_path, error):
+    def recipe(job: Job) -> None:
+        assert (tmp_path / "run" / "lease.json").exists()
+        if error:
+            raise error
+
+    execute("prepare", recipe, Options(run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "lease.json").exists()
+
+
+def test_a_stage_stops_where_the_folder_was_taken_over(options, capsys):
+    def recipe(job: Job) -> None:
+        assert job._lease is not None
+        job._lease.lost = True
+        job.stage("prepare", lambda partial: pytest.fail("it went on"))
+
+    assert execute("prepare", recipe, options) == 2
+    assert "taken over by another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", ["export", "serve"])
+def test_a_job_that_reads_makes_no_folder_and_changes_no_configuration(tmp_path, job):
+    folder = tmp_path / "run"
+    assert execute(job, lambda job: None, Options(run_dir=str(folder))) == 0 and not folder.exists()
+    assert execute("prepare", lambda job: None, Options(run_dir=str(folder))) == 0
+    before = (folder / "config.yaml").read_text()
+    assert execute(job, lambda job: None, Options(overrides=("seed=5",), run_dir=str(folder))) == 0
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_pipeline_says_which_of_its_stages_it_is_at(options, capsys):
+    def recipe(job: Job) -> None:
+        def body(partial: str) -> StageResult:
+            Path(partial, "speeches").mkdir(parents=True)
+            return StageResult()
+
+        job.of = ("prepare", "generate", "judge")
+        job.stage("prepare", body)
+
+    assert execute("pipeline", recipe, options) == execute("pipeline", recipe, options) == 0
+    said = capsys.readouterr().err
+    assert "stage 1 of 3: prepare\n" in said and "stage 1 of 3: prepare: done before, skipped" in said
+
+
+def test_until_an_unknown_stage_is_refused_with_the_list(tmp_path, capsys):
+    options = Options(run_dir=str(tmp_path / "run"), until="pairs")
+    assert execute("pipeline", raising(RuntimeError()), options) == 2
+    err = capsys.readouterr().err
+    assert "--until pairs: there is no such stage; the stages are prepare, generate, judge, pair," in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("last", "count"), [("prepare", 1), ("pair", 4), ("report", 10), (None, 10)])
+def test_until_a_stage(options, last, count):
+    seen: list[tuple[str, ...]] = []
+    assert execute("pipeline", lambda job: seen.append(job.until), replace(options, until=last)) == 0
+    assert len(seen[0]) == count and (last is None or seen[0][-1] == last)
+
+
+def test_until_is_the_pipelines_alone():
+    from ray_jobs.cli import app
+
+    assert "--until" in CliRunner().invoke(app, ["pipeline", "--help"], env={"COLUMNS": "200"}).output
+    shown = CliRunner().invoke(app, ["judge", "--help"], env={"COLUMNS": "200"}).output
+    assert "--until" not in shown and "--calibrate" in shown and "143 by SIGTERM" in " ".join(shown.split())

@@ -401,3 +401,11 @@ def test_a_remote_model_needs_nothing_here_and_has_its_price(tmp_path):
     assert plan.remote_cost(config, speeches) == pytest.approx(speeches * (prompt * 2.5 + 512 * 10) / 1e6)
     assert any("remote models of the pool will cost about" in w and "budget is 3" in w for w in built.warnings)
     assert not any("size unknown of far" in w or "far, remote" in w for w in built.warnings)
+
+
+def test_until_a_stage_is_the_plan_of_those_before_it():
+    out = io.StringIO()
+    plan.print_plan(
+        load_config(PAPER), "pipeline", Console(file=out, width=80), ("prepare", "generate", "judge", "pair")
+    )
+    assert "judge" in out.getvalue() and "train_sft" not in out.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+import psycho
 from psycho import storage
 from psycho.config import load_config
 from psycho.errors import BadInput, StageFailed
-from psycho.run import FORMAT, QuarantineFile, Run, Stage, StageResult
+from psycho.run import FORMAT, QuarantineFile, Run, Stage, StageResult, commit, versions
 from psycho.stages import STAGES
 
 NANO = Path(__file__).parents[1] / "configs" / "nano.yaml"
@@ -392,3 +394,38 @@ def test_the_ledger_books_what_a_try_cost_and_not_what_earlier_ones_did(toy):
     toy.run.execute("first", toy.body("a", cost=5.0))
     toy.run.execute("second", toy.body("b", cost=1.0))
     assert [line["cost"] for line in toy.ledger()] == [2.0, 3.0, 1.0]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_manifests_name_the_commit_that_psycho_ran_from(tmp_path):
+    (tmp_path / "psycho").mkdir()
+    (tmp_path / "psycho" / "a.py").write_text("1")
+    assert commit(tmp_path / "none") == ""
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert commit(tmp_path) == head
+    commit.cache_clear()
+    assert commit(tmp_path / "psycho") == "", "an environment within another's checkout"
+    (tmp_path / "psycho" / "a.py").write_text("2")
+    assert commit(tmp_path) == f"{head}-changed"
+
+
+def test_without_git_the_version_alone_is_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    commit.cache_clear()
+    try:
+        assert versions()["psycho"] == psycho.__version__ and "psycho_commit" not in versions()
+    finally:
+        commit.cache_clear()
+
+
+def test_a_manifest_holds_them(toy, monkeypatch):
+    monkeypatch.setattr("psycho.run.commit", lambda: "abc")
+    assert toy.run.execute("first", toy.body("a"))["versions"]["psycho_commit"] == "abc"

@@ -21,7 +21,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_every_setting_is_there_in_the_order_of_the_configuration():
     assert [setting.key for setting in find()] == list(known_keys())
-    _, shown = run()
+    _, shown = run("--all")
     assert all(f"\n{key}: " in f"\n{shown}" for key in known_keys())
 
 
@@ -113,3 +113,39 @@ def test_a_file_that_is_wrong_is_one_sentence_too(tmp_path):
 def test_the_help_of_a_job_says_where_the_settings_are(job):
     shown = CliRunner().invoke(app, [job, "--help"], env={"COLUMNS": "200"}).output
     assert "`psycho settings` lists the keys" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("word", "first", "among"),
+    [
+        ("beta", {"training.dpo.beta", "online.beta"}, {"online.beta"}),
+        ("Temperature", {"judge.temperature"}, {"online.sampling.temperature"}),
+        (
+            "gpu",
+            {"generation.pool.engine.gpu_memory_utilization"},
+            {"training.gpus_per_worker", "inference.gpus_per_worker"},
+        ),
+        ("spot", set(), {"training.max_failures"}),  # stands in its description alone
+    ],
+)
+def test_a_word_finds_every_setting_with_it(word, first, among):
+    keys = [setting.key for setting in find(word)]
+    assert first | among <= set(keys) and len(keys) == len(set(keys))
+    named = [word.lower() in key.rpartition(".")[2] for key in keys]
+    assert named == sorted(named, reverse=True), "names come before descriptions"
+    assert all(word.lower() in f"{setting.key} {setting.doc}".lower() for setting in find(word))
+
+
+def test_without_a_word_there_is_a_line_for_each_section():
+    code, shown = run()
+    lines = shown.splitlines()
+    first = [name for name in Config.model_fields]
+    assert code == 0 and [line.split()[0] for line in lines[: len(first)]] == first
+    assert "psycho settings training.dpo" in lines[-1] and len(lines) < len(first) + 4
+
+
+def test_an_environment_is_shown_by_its_names(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("inference: {env: {HF_TOKEN: hf_secret, OMP_NUM_THREADS: '1'}}\n")
+    _, shown = run("inference.env", "--config", str(file))
+    assert "hf_secret" not in shown and '{"HF_TOKEN": null, "OMP_NUM_THREADS": "1"}' in shown

@@ -16,6 +16,9 @@ ENGINE_ROUNDING = frozenset(
 SIZE = "size in 10^9 parameters, for estimates; none: by its name (8B) or its folder's weights"
 """What every setting of a model's size says."""
 
+ENVIRONMENT = "environment of the workers; null: as this command has it, which keeps secrets out of files and commands"
+"""What every setting of an environment says."""
+
 
 class EngineConfig(Section):
     """Arguments of the vLLM engine; `extra` goes to `vllm.LLM` unchanged."""
@@ -56,7 +59,7 @@ class InferenceConfig(Section):
     )
     batch_size: int = Field(256, ge=1, description="requests handed to a worker together; it has several such batches")
     engine: EngineConfig = EngineConfig()
-    env: dict[str, str] = Field(default_factory=dict, description="environment of the workers")
+    env: dict[str, str | None] = Field(default_factory=dict, repr=False, description=ENVIRONMENT)
     start_timeout_s: float = Field(
         1800, gt=0, description="longest wait for the first answers; models are fetched and engines started meanwhile"
     )

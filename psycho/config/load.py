@@ -6,6 +6,7 @@ job finds its default, and those named `nano` or `configs/nano.yaml`, from any f
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,11 +15,39 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from psycho import secrets
 from psycho.config.whole import Config
 from psycho.errors import BadInput
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 DEFAULT_CONFIG = SHIPPED / "nano.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once in its mapping: a second one would take the first one's place in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in first:
+                raise _Twice(key.value, first[key.value], key.start_mark.line + 1)
+            first[key.value] = key.start_mark.line + 1
+        return node
+
+
+class _Twice(Exception):
+    """A key that stands twice in one mapping, and the lines (from 1) of both."""
+
+    def __init__(self, key: str, first: int, second: int) -> None:
+        where = f"in line {second}" if first == second else f"in lines {first} and {second}"
+        super().__init__(f"{key} twice, {where}")
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | None = None) -> Config:
@@ -31,12 +60,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | 
     """
     file = _find(Path(path))
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         shipped = ", ".join(sorted(found.stem for found in SHIPPED.glob("*.yaml")))
         raise BadInput(f"configuration {file} does not exist; psycho brings {shipped}: say --config nano") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"configuration {file} cannot be read: {type(error).__name__}; check it is UTF-8 text") from None
+    except _Twice as error:
+        raise BadInput(f"configuration {file} has the key {error}; keep one of them") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
@@ -45,10 +76,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | 
         raise BadInput(f"configuration {file} is not valid YAML ({error}); quote that value") from None
     if not isinstance(tree, dict):
         raise BadInput(f"configuration {file} holds no settings; write `key: value` lines")
+    given = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
-    if run_dir:
+    if run_dir is not None:
+        if not run_dir.strip():
+            raise BadInput("--run-dir is empty; name a folder, or leave it out for run_dir of the configuration")
         tree["run_dir"] = run_dir
+    mistake = _mistake(tree)
+    if mistake:
+        raise BadInput(f"{_origin(mistake, given, overrides, str(file))}: {mistake}")
     return build_config(tree, str(file))
 
 
@@ -62,42 +99,88 @@ def _find(path: Path) -> Path:
 def build_config(tree: dict[str, Any], origin: str) -> Config:
     """Validate a tree of settings; `origin` names where they came from in error messages."""
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        raise BadInput(_explain(error, origin)) from None
+        raise BadInput(f"{origin}: {_explain(error)}") from None
+    secrets.refuse(config.model_dump(mode="json"))
+    return config
+
+
+def _mistake(tree: dict[str, Any]) -> str | None:
+    """What is wrong with a tree of settings, in a sentence; None where nothing is."""
+    try:
+        Config.model_validate(tree)
+    except ValidationError as error:
+        return _explain(error)
+    return None
+
+
+def _origin(mistake: str, tree: dict[str, Any], overrides: Sequence[str], file: str) -> str:
+    """The file, or the `--set` since which the mistake is there."""
+    since = file if _mistake(tree) == mistake else ""
+    for override in overrides:
+        _apply_override(tree, override)
+        found = _mistake(tree) == mistake
+        since = "" if not found else since or f"--set {override.partition('=')[0].strip()}"
+    return since or file
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise BadInput(f"--set {override} is not key=value; write for example --set training.dpo.beta=0.2")
+    key = key.strip()
+    if not equals or not key:
+        shown = secrets.HIDDEN if ".env" in override else override
+        raise BadInput(f"--set {shown} is not key=value; write for example --set training.dpo.beta=0.2")
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
+    except _Twice as error:
+        raise BadInput(f"--set {key}: the value has the key {error}; keep one of them") from None
     except (yaml.YAMLError, ValueError):
         raise BadInput(f"--set {key}: the value is not valid YAML; quote it") from None
-    *parents, leaf = key.strip().split(".")
-    node = tree
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    above = ""
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise BadInput(f"--set {key}: {parent} is a value, not a section")
-        node = child
-    node[leaf] = value
+        node = _below(node, parent, key, above)
+        above = f"{above}.{parent}" if above else parent
+    if isinstance(node, list):
+        node[_place(node, leaf, key, above)] = value
+    else:
+        node[leaf] = value
 
 
-def _explain(error: ValidationError, origin: str) -> str:
+def _below(node: Any, name: str, key: str, above: str) -> Any:
+    """The section, or the entry of a list, that `name` stands for; a section that is not there is made."""
+    if isinstance(node, list):
+        place = _place(node, name, key, above)
+        child = node[place] = {} if node[place] is None else node[place]
+    else:
+        child = node[name] = {} if node.get(name) is None else node[name]
+    if not isinstance(child, dict | list):
+        raise BadInput(f"--set {key}: {name} is a value, not a section")
+    return child
+
+
+def _place(entries: list[Any], name: str, key: str, above: str) -> int:
+    if name.isdigit() and int(name) < len(entries):
+        return int(name)
+    there = f"its entries are 0 to {len(entries) - 1}" if entries else "it has no entries"
+    raise BadInput(f"--set {key}: {above} is a list and has no entry {name}; {there}")
+
+
+def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    parts = [str(part) for part in first["loc"]]
+    key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {key}; {nearest(key)}"
+        return f"unknown key {key}; {nearest(key)}"
     if first["type"] == "missing":
-        return f"{origin}: {key} is missing; set it"
+        return f"{key} is missing; set it"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
-    shown = "" if isinstance(given, dict | list | tuple | BaseModel) else f" (given: {given!r})"
-    return f"{origin}: {key or 'configuration'}: {message[0].lower()}{message[1:]}{shown}"
+    private = "env" in parts or secrets.names_a_secret(parts[-1] if parts else "")
+    told = not private and not isinstance(given, dict | list | tuple | BaseModel)
+    return f"{key or 'configuration'}: {message[0].lower()}{message[1:]}{f' (given: {given!r})' if told else ''}"
 
 
 def nearest(key: str) -> str:
@@ -127,5 +210,5 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterable[st
 
 
 def to_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML, keys in the order of this file."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML, keys in the order of this file; private environments by name alone."""
+    return yaml.safe_dump(secrets.hide(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)

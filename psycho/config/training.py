@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from psycho.config.inference import ENVIRONMENT
 from psycho.config.section import Section
 
 
@@ -172,7 +173,7 @@ class TrainingConfig(Section):
         gt=0,
         description="longest wait of a worker for the others; online DPO raises it to what a round of samples may take",
     )
-    env: dict[str, str] = Field(default_factory=dict, description="environment of the workers")
+    env: dict[str, str | None] = Field(default_factory=dict, repr=False, description=ENVIRONMENT)
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
     dpo: DPOConfig = DPOConfig()

@@ -7,11 +7,10 @@ not done is left out, and so is what only that stage knows.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from psycho import storage
+from psycho import secrets, storage
 from psycho.evaluation.fitness import headline, read_fitness
 from psycho.evaluation.steps import STEP_FIGURES, best_policy, steps
 from psycho.run import Run
@@ -27,7 +26,6 @@ _JUDGE_KEYS = ("pair_agreement_gold", "correlation_gold")
 _REWARD_KEYS = ("n", "accuracy", "auc", "ece", "brier", "accuracy_low", "accuracy_high")
 _WIN_KEYS = ("n", "rate", "low", "high", "length_controlled", "mean_chars")
 _GOLD_KEYS = ("rate", "low", "high", "mean_rating", "on_grammar")
-_SECRET = re.compile(r"token|secret|passw|credential|(^|_)key($|_)", re.IGNORECASE)
 
 
 def build_summary(
@@ -47,7 +45,7 @@ def build_summary(
         "headline": headline(fitness),
         "fitness": fitness,
         "run": run.root,
-        "config": _without_secrets(run.config.model_dump(mode="json")),
+        "config": secrets.hide(run.config.model_dump(mode="json")),
         "versions": _versions(ordered),
         "seconds_total": round(seconds_total, 2),
         "peak_rss_gib": None if peak_rss_gib is None else round(peak_rss_gib, 3),
@@ -136,13 +134,3 @@ def _versions(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _pick(row: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: row[key] for key in keys if key in row}
-
-
-def _without_secrets(value: Any, key: str = "") -> Any:
-    """Settings as they may be shown: environment variables that look like a secret lose their value."""
-    if isinstance(value, dict):
-        inside_env = key == "env"
-        return {k: "(hidden)" if inside_env and _SECRET.search(k) else _without_secrets(v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(item) for item in value]
-    return value

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from psycho import storage
+from psycho import secrets, storage
 from psycho.cluster import AUTOSCALING
 from psycho.config import EngineConfig, InferenceConfig
 from psycho.errors import BadInput, StageFailed
@@ -187,7 +187,7 @@ def _serve(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     if not logging.getLogger("ray").isEnabledFor(logging.WARNING):  # a quiet run; Ray Data set itself up anew
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of an error, the error says too
     workers, size, batches = layout(requests.num_rows, config, at_once)
     rows = int(min(size, max(1, requests.num_rows * _UNWRITTEN / (workers * batches))))
     blocks = [requests.slice(start, size) for start in range(0, requests.num_rows, size)]
@@ -205,7 +205,7 @@ def _serve(
         num_cpus=config.cpus_per_worker,
         num_gpus=_gpus(config, gpus_per_worker) or None,
         max_restarts=RESTARTS,
-        runtime_env={"env_vars": dict(config.env)} if config.env else None,
+        runtime_env={"env_vars": early} if (early := secrets.at_start(config.env)) else None,
     )
     wait_for(
         dataset.materialize,

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from psycho.errors import BadInput, StageFailed
+
 T = TypeVar("T")
 _LOST_RANK = ("Executor failed", "Worker failed")  # vLLM's executor of several processes
 _SPARE = 16  # requests beyond the engine's slots, so that a slot never waits for us
@@ -36,7 +38,12 @@ class _Work:
 
 
 class EngineFailed(Exception):
-    """The engine raised while it worked; nothing it holds will be answered. Restart the process."""
+    """The engine raised while it worked; nothing it holds will be answered. Restart the process.
+
+    `cause` is an error of ours that it comes from: what an exception was raised from does not travel to the driver.
+    """
+
+    cause: Exception | None = None
 
 
 def leave_if_dead(error: BaseException) -> None:
@@ -144,6 +151,8 @@ class EngineLoop:
         if not self._failure:
             self._failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
             self._failure.__cause__ = error
+            if isinstance(error, BadInput | StageFailed):
+                self._failure.cause = error
         waiting: list[_Ask | _Work] = [*self._running.values(), *self._pending]
         for item in waiting:
             item.box.put((getattr(item, "place", 1), self._failure))

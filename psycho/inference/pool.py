@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 
+from psycho import secrets
 from psycho.config import InferenceConfig, JudgeConfig, SamplingConfig
 from psycho.errors import StageFailed, WaitTimedOut
 from psycho.inference.batch import MOST_AT_ONCE, RESTARTS, check_room, enough, layout
@@ -138,7 +139,7 @@ class WorkerPool:
         actor = ray.remote(_PoolWorker).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=gpus or None,
-            runtime_env={"env_vars": dict(config.env)} if config.env else None,
+            runtime_env={"env_vars": early} if (early := secrets.at_start(config.env)) else None,
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
             max_concurrency=MOST_AT_ONCE,

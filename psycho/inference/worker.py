@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from psycho import secrets
 from psycho.config import EngineConfig, SamplingConfig
+from psycho.failures import engine_failure
 from psycho.inference.engine import WeightReload, engine_arguments
 from psycho.inference.loop import EngineLoop
 from psycho.inference.models import engine_signature, local_model
@@ -48,7 +50,7 @@ class EngineSpec:
 
     engine: EngineConfig
     seed: int = 0
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: secrets.Env = field(default_factory=dict, repr=False)
     verbose: bool = False
 
 
@@ -56,7 +58,7 @@ class VLLMWorker:
     """One engine in one process."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        os.environ.update(spec.env)
+        os.environ.update(secrets.given(spec.env))
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "0")
@@ -344,7 +346,10 @@ class VLLMWorker:
             # Without this a weak model fills its answer with white space until it is cut.
             structured = {"backend": "xgrammar", "disable_any_whitespace": True}
             arguments = {"structured_outputs_config": structured} | arguments
-        return LLM(folder, **arguments)
+        try:
+            return LLM(folder, **arguments)
+        except Exception as error:
+            raise engine_failure(error, folder) from error
 
     def _stop(self) -> None:
         if self._llm is None:

@@ -17,6 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from psycho import secrets
 from psycho.config import InferenceConfig
 from psycho.inference.engine import engine_arguments
 from psycho.inference.models import local_model
@@ -46,7 +47,7 @@ class _Server:
     """One engine; counts what it holds and what was given up."""
 
     def __init__(self, model: str, inference: InferenceConfig, runner: str, seed: int) -> None:
-        os.environ.update(inference.env)
+        os.environ.update(secrets.given(inference.env))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm.engine.arg_utils import AsyncEngineArgs

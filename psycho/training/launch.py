@@ -15,10 +15,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from psycho import storage
+from psycho import secrets, storage
 from psycho.cluster import AUTOSCALING, OWN_RAY
 from psycho.config import LoopConfig, TrainingConfig
 from psycho.errors import BadInput, StageFailed
+from psycho.failures import explain
 from psycho.progress import Reporter
 from psycho.waiting import wait_for
 
@@ -111,13 +112,12 @@ def launch(
         # Its own limits are the start of the workers and each collective; training as such takes as long as it takes.
         wait_for(trainer.fit, progress=lambda: 0, what="training", start_s=float("inf"), step_s=float("inf"))
     except Exception as error:
-        from psycho.job import explain
-
+        models = ", ".join(dict.fromkeys(job.model for job in config.get("jobs", ()))) or "the policy"
         for cause in (*_failures(error), error):
             sentence = explain(cause)
             if sentence:
-                raise BadInput(sentence) from error
-        raise StageFailed(f"training failed: {_cause(error)}") from error
+                raise BadInput(f"training of {models}: {sentence}") from error
+        raise StageFailed(f"training of {models} failed: {_cause(error)}") from error
     finally:
         storage.remove(storage_path)
 
@@ -212,7 +212,7 @@ def _environment(training: TrainingConfig) -> dict[str, str]:
     quiet = {"DS_ACCELERATOR": training.device, "TOKENIZERS_PARALLELISM": "false", "DS_SKIP_CUDA_CHECK": "1"}
     if training.threads_per_worker:
         quiet["OMP_NUM_THREADS"] = str(training.threads_per_worker)
-    return quiet | training.env
+    return quiet | secrets.at_start(training.env)
 
 
 def _autoscales() -> bool:

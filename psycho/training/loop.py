@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from psycho import storage
+from psycho import secrets, storage
 from psycho.config import TRAINING_ROUNDING, LoopConfig, TrainingConfig
 from psycho.errors import BadInput
 from psycho.inference.models import local_model
@@ -340,7 +340,7 @@ def _seed(seed: int) -> None:
 
 def setup_worker(training: TrainingConfig) -> None:
     """Environment, threads and the process group, once per worker; Ray Train has made the group."""
-    os.environ.update(training.env)
+    os.environ.update(secrets.given(training.env))
     # DeepSpeed builds its CPU op on first use and looks for ninja, which comes with the environment, on the PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if training.threads_per_worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 from psycho import storage
 from psycho.config import InferenceConfig
 from psycho.errors import BadInput, StageFailed, WaitTimedOut
+from psycho.failures import cause, is_plain
 from psycho.inference.batch import check_room, run_batches, split_errors, wait_for
 
 CONFIG = InferenceConfig(
@@ -116,6 +118,22 @@ def test_every_request_is_answered_once(run: Run) -> None:
     assert good["request_id"].to_pylist() == [f"r{n:03d}" for n in range(COUNT) if n != 7]
     assert good["answer"].to_pylist() == [n for n in range(COUNT) if n != 7]
     assert "error" not in good.column_names
+
+
+def test_what_stops_a_worker_is_found_behind_all_that_ray_says_of_it(
+    run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it stands on the terminal where the run is a quiet one: the line of the job says it once."""
+    ray_logger = logging.getLogger("ray")
+    before = ray_logger.level
+    ray_logger.setLevel(logging.ERROR)
+    try:
+        with pytest.raises(Exception) as caught:
+            run(poison=COUNT - 1)
+    finally:
+        ray_logger.setLevel(before)
+    assert cause(caught.value) == ("RuntimeError", "the engine is dead") and not is_plain(caught.value)
+    assert "ERROR" not in capfd.readouterr().err
 
 
 def test_a_second_run_asks_nothing(run: Run) -> None:
