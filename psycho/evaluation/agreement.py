@@ -5,10 +5,12 @@ Used to validate a judge against experts or a stronger judge before it is truste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from sklearn.metrics import cohen_kappa_score
 
 from psycho.evaluation.metrics import Vector, finite_vector
 
@@ -34,6 +36,17 @@ def pair_agreement(
     n = int(counted.sum())
     score = float(((np.sign(judge) * np.sign(gold[counted]) + 1) / 2).sum())
     return {"n": n, "agreement": score / n if n else None, "judge_ties": int((judge == 0).sum())}
+
+
+def kappa(x: Sequence[int], y: Sequence[int]) -> float:
+    """Cohen's kappa of two (n,) whole ratings, unweighted: agreement beyond chance, 0 for who always says the same.
+
+    Where nearly all ratings are equal a correlation hangs on a few rows; kappa does not. 1 where both are one and the
+    same constant.
+    """
+    if list(x) == list(y):
+        return 1.0
+    return float(cohen_kappa_score(x, y))
 
 
 def correlation(x: ArrayLike, y: ArrayLike) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from psycho.principles import STEMS
 
-PRINCIPLE_GATE, PAIR_GATE = 0.90, 0.95
+KAPPA_GATE, PRINCIPLE_GATE, PAIR_GATE = 0.80, 0.90, 0.95  # above .8 is "almost perfect" to Landis and Koch (1977)
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class Gate:
 
 def truth_gates(audit: Mapping[str, Any]) -> list[Gate]:
     """The gates of a judge whose ratings were held against the truth (`psycho.nano.truth.judge_against_gold`)."""
-    found = [
-        Gate(f"{stem} against the truth", audit["correlation_gold"][stem], PRINCIPLE_GATE, audit["n"]) for stem in STEMS
-    ]
+    found = [Gate(f"{stem}: kappa with the truth", audit["kappa_gold"][stem], KAPPA_GATE, audit["n"]) for stem in STEMS]
     return [*found, Gate("pairs in the order of the truth", audit["pair_agreement_gold"], PAIR_GATE, audit["pairs"])]
 
 

@@ -91,7 +91,7 @@ class Rebuild:
         made = {name: f"{name}-0" for name in MODELS}
         gates: list[Gate] = []
         for part in range(1 + EXTENSIONS):
-            gates = self.measure({name: str(self.work / folder) for name, folder in made.items()})
+            gates = self.measure({name: str(self._shipped(folder)) for name, folder in made.items()})
             missed = {gate.name.split(":")[0].split(" ")[0] for gate in gates if not gate.passed}
             again = [name for name in MODELS if name in missed]
             if not again or part == EXTENSIONS:
@@ -100,8 +100,15 @@ class Rebuild:
             self._train([(name, made[name], f"{name}-{part + 1}", part + 1) for name in again], seed)
             made |= {name: f"{name}-{part + 1}" for name in again}
         for name, folder in made.items():
-            storage.publish(str(self.work / folder), str(self.work / "made" / name))
+            storage.publish(str(self._shipped(folder)), str(self.work / "ready" / name))
         return gates
+
+    def _shipped(self, folder: str) -> Path:
+        """A trained model in the form in which it ships, which is the form that is measured."""
+        target = self.work / "shipped" / folder
+        if not target.exists():
+            ship(self.work / folder, target)
+        return target
 
     def _train(self, wanted: list[tuple[str, str, str, int]], seed: int) -> None:
         """(model, start, output, part) one after the other, in one group of workers."""
@@ -127,8 +134,6 @@ class Rebuild:
 
     def _publish(self, gates: list[Gate], seed: int) -> None:
         ready = self.work / "ready"
-        for name in MODELS:
-            ship(self.work / "made" / name, ready / name)
         facts = {
             "recipe": recipe_hash(),
             "seed": seed,

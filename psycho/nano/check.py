@@ -14,7 +14,7 @@ from typing import Any
 from psycho.config import JudgeConfig, SamplingConfig
 from psycho.evaluation.comparison import outcome
 from psycho.inference.pool import WorkerPool
-from psycho.judging.fitness import PAIR_GATE, PRINCIPLE_GATE, Gate
+from psycho.judging.fitness import KAPPA_GATE, PAIR_GATE, PRINCIPLE_GATE, Gate
 from psycho.judging.rubric import Rating
 from psycho.nano import gold
 from psycho.nano.corpora import drill_row
@@ -23,7 +23,7 @@ from psycho.nano.tokenizer import ASSISTANT, END
 from psycho.nano.truth import judge_against_gold
 from psycho.principles import STEMS
 
-GRAMMAR_GATE, SAMPLE_GATE, COPY_GATE = 0.95, 0.90, 0.90
+GRAMMAR_GATE, COPY_GATE = 0.95, 0.90
 CORRUPTED_SHARE = 0.1
 _RESPONSES_PER_SPEECH = 4
 
@@ -64,8 +64,8 @@ def check(
         own += answers
     result = _judge(pool, folders["judge"], judge, own, seed)
     gates += [
-        Gate(f"judge on the policies' samples, rated as the truth: {stem}", value, SAMPLE_GATE, result["n"])
-        for stem, value in result["exact"].items()
+        Gate(f"judge on the policies' samples, kappa: {stem}", value, KAPPA_GATE, result["n"])
+        for stem, value in result["kappa_gold"].items()
     ]
     details["samples"] = result
     details["comparisons"] = _compare(pool, folders["judge"], judge, own, len(speeches), seed)
@@ -114,9 +114,6 @@ def _judge(
     pairs = [(_row(s, r), gold.rate(s, t)) for (s, t), r in zip(items, ratings, strict=True) if r is not None]
     return {
         **judge_against_gold([row for row, _ in pairs], [g for _, g in pairs]),
-        "exact": {
-            stem: sum(row[f"{stem}_rating"] == g.ratings[stem] for row, g in pairs) / len(pairs) for stem in STEMS
-        },
         "failed": len(items) - len(pairs),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from psycho.evaluation.agreement import correlation, pair_agreement
+from psycho.evaluation.agreement import correlation, kappa, pair_agreement
 from psycho.evaluation.comparison import outcome
 from psycho.evaluation.winrate import win_rate
 from psycho.nano import gold
@@ -52,6 +52,9 @@ def judge_against_gold(rows: Sequence[Row], truth: Sequence[gold.GoldRating], mi
         )
     return {
         "n": len(rows),
+        "kappa_gold": {
+            stem: kappa([row[f"{stem}_rating"] for row in rows], [g.ratings[stem] for g in truth]) for stem in STEMS
+        },
         "pair_agreement_gold": agreement["agreement"],
         "pairs": agreement["n"],
         "correlation_gold": correlations,

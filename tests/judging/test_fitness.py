@@ -59,11 +59,11 @@ def test_a_pair_without_a_rating_is_not_told_apart():
 def test_one_principle_under_its_gate_makes_a_judge_unfit_and_is_named():
     audit = {"n": 200, "pairs": 90, "pair_agreement_gold": 0.99}
     fine = dict.fromkeys(STEMS, 0.97)
-    assert verdict(truth_gates(audit | {"correlation_gold": fine}), "a run")["fit"] is True
-    found = verdict(truth_gates(audit | {"correlation_gold": fine | {"relevance": 0.125}}), "a run")
+    assert verdict(truth_gates(audit | {"kappa_gold": fine}), "a run")["fit"] is True
+    found = verdict(truth_gates(audit | {"kappa_gold": fine | {"relevance": 0.125}}), "a run")
     assert found["fit"] is False
-    assert "relevance against the truth 0.12 (must be 0.90), measured on a run" in found["why"]
-    assert [gate["name"] for gate in found["gates"] if not gate["passed"]] == ["relevance against the truth"]
+    assert "relevance: kappa with the truth 0.12 (must be 0.80), measured on a run" in found["why"]
+    assert [gate["name"] for gate in found["gates"] if not gate["passed"]] == ["relevance: kappa with the truth"]
 
 
 def test_a_figure_that_is_missing_is_a_missed_gate_and_no_gate_is_not_checked():

@@ -24,6 +24,9 @@ class Stub(Rebuild):
         for _, _, output, _ in wanted:
             (self.work / output).mkdir(parents=True)
 
+    def _shipped(self, folder: str) -> Path:
+        return self.work / folder
+
     def _publish(self, gates: list[Gate], seed: int) -> None:
         self.published = seed
 
