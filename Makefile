@@ -93,7 +93,7 @@ $(1) --no-deps --no-build-isolation --requirement $(LOCK) && \
 $(1) --no-deps --no-build-isolation --editable .
 endef
 
-# uv takes a third of pip's time. Whatever it stumbles over is left to pip, which goes on from what is there.
+# uv is through in less than half of pip's time. Whatever it stumbles over is left to pip, which goes on from what is there.
 with_pip = $(call install_set,$(pip_install))
 with_uv = $(pip_install) --quiet --constraint $(LOCK) uv && $(call install_set,$(uv_install))
 pip_goes_on = uv did not install the set (see above), so pip does.
