@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -73,3 +74,12 @@ def test_the_lock_is_a_choice_and_another_lock_another_installation(house):
     _, asked, _ = install(house, "nothing that is asked", "LOCK=requirements/gpu.txt")
     assert any(line.endswith("--requirement requirements/gpu.txt") for line in asked)
     assert list((house / ".venv").glob(".installed-*")) != stamp
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_commands_and_files_that_are_there(document):
+    text, makefile = (ROOT / document).read_text(encoding="utf-8"), (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"(?m)(?:^|`)make ([a-z-]+)", text))
+    assert targets and targets <= set(re.findall(r"(?m)^([a-z-]+):", makefile))
+    files = set(re.findall(r"\b(?:benchmarks|configs|deploy|docs|psycho|ray_jobs|requirements)/[\w./-]*\w", text))
+    assert files and not [name for name in files if not (ROOT / name).exists()]
