@@ -30,6 +30,7 @@ class Healthy(BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
+print("Ctrl-C ends it.")
 try:
     HTTPServer(("127.0.0.1", PORT), Healthy).serve_forever()
 except KeyboardInterrupt:
