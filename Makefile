@@ -27,7 +27,7 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock run serve test test-all test-gpu lint format typecheck doctor clean
+.PHONY: help install lock run serve check test test-all test-gpu lint format typecheck doctor clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,10 +43,13 @@ run: $(STAMP) ## run the whole pipeline on CONFIG
 serve: $(STAMP) ## serve the trained model of CONFIG
 	$(IN_VENV) python -m ray_jobs.serve --config $(CONFIG) $(ARGS)
 
-test: lint typecheck ## lint, types, and the tests that take seconds
+check: lint typecheck ## lint, types, and the tests that start no engine: for every change, in minutes
+	$(IN_VENV) python -m pytest -m "not slow and not gpu and not engine"
+
+test: lint typecheck ## lint, types, and all tests but the slow ones
 	$(IN_VENV) python -m pytest
 
-test-all: lint typecheck ## the same, and the tests that take minutes
+test-all: lint typecheck ## the same, and the slow tests
 	$(IN_VENV) python -m pytest -m "not gpu"
 
 test-gpu: $(STAMP) ## the tests that need a CUDA GPU
@@ -90,7 +93,7 @@ $(1) --no-deps --no-build-isolation --requirement $(LOCK) && \
 $(1) --no-deps --no-build-isolation --editable .
 endef
 
-# uv takes a third of pip's time. Whatever it stumbles over is left to pip, which goes on from what is there.
+# uv is through in less than half of pip's time. Whatever it stumbles over is left to pip, which goes on from what is there.
 with_pip = $(call install_set,$(pip_install))
 with_uv = $(pip_install) --quiet --constraint $(LOCK) uv && $(call install_set,$(uv_install))
 pip_goes_on = uv did not install the set (see above), so pip does.

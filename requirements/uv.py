@@ -31,7 +31,8 @@ SAME = {
     "proxy": "ALL_PROXY",
 }
 # Settings that say nothing of where packages come from or which are taken.
-IDLE = {"cache-dir", "disable-pip-version-check", "no-color", "no-input", "no-warn-script-location", "progress-bar"}
+IDLE = {"break-system-packages", "cache-dir", "exists-action", "log", "no-python-version-warning", "prefer-binary"}
+IDLE |= {"disable-pip-version-check", "no-color", "no-input", "no-warn-script-location", "progress-bar"}
 IDLE |= {"quiet", "require-virtualenv", "resume-retries", "retries", "root-user-action", "verbose"}
 SECTIONS = ("global", "install", ":env:")  # the later wins; others are of other commands
 NO_COUNTERPART = 3

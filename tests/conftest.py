@@ -13,6 +13,19 @@ import httpx
 import pyarrow.fs as pafs
 import pytest
 
+# What starts Ray, vLLM or DeepSpeed: whoever asks for one of these fixtures, and everything in these folders.
+ENGINE_FIXTURES = {"local_ray", "one_rank", "run_ranks", "served", "vllm_server"}
+ENGINE_FOLDERS = {"chaos", "e2e", "parity"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks `engine` what `make check` leaves to `make test`; nobody has to think of it."""
+    tests = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(tests).parts[0]
+        if folder in ENGINE_FOLDERS or ENGINE_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("engine")
+
 
 @pytest.fixture(scope="session")
 def nano_tokenizer() -> Any:

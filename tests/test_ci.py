@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,23 @@ run:
 \t@exit 7
 serve test:
 \t@echo too far
+"""
+
+SERVER = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    do_POST = do_GET
+
+print("Ctrl-C ends it.")
+try:
+    HTTPServer(("127.0.0.1", PORT), Healthy).serve_forever()
+except KeyboardInterrupt:
+    print("LAST")
 """
 
 
@@ -48,3 +67,24 @@ def test_what_is_left_of_an_earlier_day_goes_in_ci_and_is_kept_elsewhere(project
     assert refused.returncode == 2 and "runs/nano is here" in refused.stderr and (project / "runs" / "nano").exists()
     assert "home=" not in refused.stdout
     assert "home=" in ci(project, CI="true").stdout and not (project / "runs" / "nano").exists()
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "part"), [("stopped", 0, "make test: done in"), ("gone", 1, "FAILED in: make serve, asked once")]
+)
+def test_what_is_served_is_asked_and_ended_as_by_ctrl_c(project, last, code, part):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = project / ".ci" / "run"
+    script.write_text(script.read_text().replace(":8000", f":{port}"))
+    (project / "server.py").write_text(SERVER.replace("PORT", str(port)).replace("LAST", last))
+    python = f'#!/bin/sh\\nexec {sys.executable} "$$@"\\n'
+    (project / "Makefile").write_text(
+        f"run:\n\tmkdir -p .venv/bin && printf '{python}' > .venv/bin/python && chmod +x .venv/bin/python\n"
+        f"serve:\n\t@{sys.executable} -u server.py\n"
+        "test:\n"
+    )
+    done = ci(project)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert part in done.stdout + done.stderr

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from psycho import doctor
-from psycho.config import DEFAULT_CONFIG, load_config
+from psycho import cluster, doctor
+from psycho.config import DEFAULT_CONFIG, ClusterConfig, load_config
 from psycho.doctor import Check, Torch
+from psycho.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 CPU_TORCH = Torch("2.13.0+cpu")
@@ -54,6 +55,12 @@ def test_memory_has_one_figure():
     for document in ("README.md", "CONTRIBUTING.md"):
         said = re.findall(r"(\S+)\s+GiB\s+of\s+free\s+memory", (ROOT / document).read_text(encoding="utf-8"))
         assert said == [f"{needed:g}"], document
+
+
+def test_a_local_run_counts_free_memory_as_the_doctor_does(monkeypatch):
+    monkeypatch.setattr(cluster, "memory_gib", lambda: (1.0, 64.0))
+    with pytest.raises(BadInput, match=r"needs 2 GiB .* has 1\.0;"):
+        cluster._check_memory(ClusterConfig(min_memory_gib=2))
 
 
 def test_cores_disk_and_shared_memory():
