@@ -65,7 +65,12 @@ class Job:
                     f"  note: {name} was interrupted under other settings and begins anew; {', '.join(others)} is "
                     "removed once it is done, and gone on from if those settings come back before that"
                 )
-            return body(partial)
+            from psycho.models import hub_commits  # here, as a dry run needs none of what it brings along
+
+            result = body(partial)
+            if commits := hub_commits(self.config):
+                result.extra = {"commits": commits} | result.extra
+            return result
 
         manifest = self.run.execute(name, announced)
         self.manifests[name] = manifest
