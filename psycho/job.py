@@ -90,9 +90,13 @@ class Job:
                     f"  note: {name} was interrupted under other settings and begins anew; {', '.join(others)} is "
                     "removed once it is done, and gone on from if those settings come back before that"
                 )
+            from psycho.models import hub_commits  # here, as a dry run needs none of what it brings along
+
             self._still_ours()
             result = body(partial)
             self._still_ours()
+            if commits := hub_commits(self.config):
+                result.extra = {"commits": commits} | result.extra
             return result
 
         manifest = self.run.execute(name, announced)

@@ -1,11 +1,11 @@
-"""Names of models in a configuration, resolved: `nano:<name>`, a folder, a hub id."""
+"""Names of models in a configuration, resolved: `nano:<name>`, a folder, a hub id, with `@revision` or without."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from psycho.config import Config
-from psycho.inference.models import fingerprint
+from psycho.inference.models import fingerprint, hub_commit
 from psycho.nano import world
 
 NANO = "nano:"
@@ -47,3 +47,9 @@ def resolve(config: Config, model: str) -> str:
 def identity(config: Config, model: str) -> str:
     """What a stage's key says of a model."""
     return world.identity(config.nano, model.removeprefix(NANO)) if model.startswith(NANO) else fingerprint(model)
+
+
+def hub_commits(config: Config) -> dict[str, str]:
+    """The commit of each hub model that the configuration names, as far as this machine's cache knows it."""
+    found = {model: hub_commit(model) for model in sorted(set(named_models(config).values()))}
+    return {model: commit for model, commit in found.items() if commit}

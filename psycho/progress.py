@@ -15,8 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
+
+from psycho.eta import Eta, said
 
 _LINE_EVERY_S = 20.0
+_LOOK_EVERY_S = 1.0
 
 
 class _Counter:
@@ -87,37 +91,47 @@ class Progress:
             return 0, 0, ""
 
     def _draw(self, name: str, total: int, unit: str, stop: threading.Event) -> None:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description:<13}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn(unit + "{task.fields[detail]}"),
-            TimeElapsedColumn(),
-        )
-        with Bar(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(name, total=max(total, 1), detail="")
-            started = time.monotonic()
-            while not stop.wait(1.0):
-                rows, tokens, note = self._read(name)
-                detail = _detail(rows, tokens, total, time.monotonic() - started, note)
-                bar.update(task, completed=rows, detail=detail)
+        with bar(self.console, unit) as shown:
+            task = shown.add_task(name, total=max(total, 1), detail="")
+            for rows, detail in self._watched(name, total, stop):
+                shown.update(task, completed=rows, detail=detail)
 
     def _log(self, name: str, total: int, unit: str, stop: threading.Event) -> None:
-        started = time.monotonic()
-        while not stop.wait(_LINE_EVERY_S):
+        printed = time.monotonic()
+        for rows, detail in self._watched(name, total, stop):
+            if time.monotonic() - printed >= _LINE_EVERY_S:
+                printed = time.monotonic()
+                self.say(f"  {name}: {rows:,}/{total:,} {unit}{detail}")
+
+    def _watched(self, name: str, total: int, stop: threading.Event) -> Iterator[tuple[int, str]]:
+        """Rows done and the rest of the line, once a second until `stop`."""
+        started, eta = time.monotonic(), Eta(total)
+        while not stop.wait(_LOOK_EVERY_S):
             rows, tokens, note = self._read(name)
-            detail = _detail(rows, tokens, total, time.monotonic() - started, note)
-            self.say(f"  {name}: {rows:,}/{total:,} {unit}{detail}")
+            seconds = time.monotonic() - started
+            eta.see(seconds, rows, tokens)
+            yield rows, detail(eta, seconds, note)
 
 
-def _detail(rows: int, tokens: int, total: int, seconds: float, note: str) -> str:
-    parts = []
-    if tokens:
-        parts.append(f"{tokens / max(seconds, 1e-9):,.0f} tok/s")
-    if 0 < rows < total:
-        left = (total - rows) * seconds / rows
-        parts.append(f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left")
-    if note:
-        parts.append(note)
+def bar(console: Console, unit: str) -> Bar:
+    """A bar that keeps to one line of the terminal: the bar is short where that is narrow, and a note gives way."""
+    return Bar(
+        SpinnerColumn(),
+        TextColumn("{task.description:<12}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=24 if console.width >= 110 else 8),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn(unit + "{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        console=console,
+        transient=True,
+        expand=True,
+    )
+
+
+def detail(eta: Eta, seconds: float, note: str) -> str:
+    """What stands behind the counts of a stage: the time left, once it is known, tokens a second, the worker's note."""
+    left, tokens = eta.left(seconds), eta.tokens_per_s()
+    parts = [said(left)] if left is not None else []
+    parts += [f"{tokens:,.0f} tok/s"] if tokens else []
+    parts += [note] if note else []
     return "".join(f" · {part}" for part in parts)

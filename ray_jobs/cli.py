@@ -78,7 +78,7 @@ _HELP = {
     "train_online": "online DPO in rounds",
     "evaluate": "reward-model audit and win rates",
     "report": "one HTML page of the run",
-    "serve": "the final policy and the reward model over HTTP",
+    "serve": "the best policy and the reward model over HTTP",
 }
 for _job in JOBS:
     _lazy(_job)

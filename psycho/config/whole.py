@@ -36,6 +36,10 @@ class EvaluationConfig(Section):
 class ServingConfig(Section):
     """The Ray Serve application."""
 
+    policy: Literal["best", "sft", "dpo", "online"] = Field(
+        "best",
+        description="best: by the run's evaluation, the furthest trained where it sets none apart or was not done",
+    )
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of the machine's")
     port: int = Field(8000, ge=1, le=65535, description="port to listen at")
     replicas: int = Field(1, ge=1, description="engines of the policy; the reward model has one")
@@ -83,7 +87,9 @@ class Config(Section):
     name: str = Field("run", description="in the plan, the report and model cards")
     seed: int = Field(0, description="of all that is drawn: splits, models, samples, pairs, the order of training")
     run_dir: str = Field("runs/run", min_length=1, description="folder of all results, here or on s3:// and the like")
-    policy: str = Field("", description="the base policy that is trained")
+    policy: str = Field(
+        "", description="the base policy that is trained; of a hub id a revision too: owner/name@revision"
+    )
     policy_parameters_b: float | None = Field(None, gt=0, description=SIZE)
     cluster: ClusterConfig = ClusterConfig()
     speeches: SpeechesConfig = SpeechesConfig()

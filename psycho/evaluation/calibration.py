@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich import box
 from rich.table import Table
 from scipy.stats import spearmanr
 from statsmodels.stats.inter_rater import cohens_kappa
@@ -193,16 +194,23 @@ def _between_raters(responses: Sequence[Sequence[Row]]) -> dict[str, float | Non
 def calibration_table(result: Mapping[str, Any]) -> Table:
     """What `--calibrate` prints."""
     title = f"{result['judge']} against {result['n']:,} rated responses to {result['speeches']:,} speeches"
-    table = Table("principle", "weighted κ [95 %]", "Spearman [95 %]", "bias [95 %]", title=title, title_justify="left")
+    heads = ("principle", "weighted κ [95 %]", "Spearman [95 %]", "bias [95 %]")
+    table = Table(*heads, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, row in result["principles"].items():
         table.add_row(name, *(_cell(row, figure) for figure in ("kappa", "spearman", "bias")))
     said = [
-        f"true gap {_gap(row)}: {row['agreement']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['n']:,}"
+        f"  {_gap(row)} apart: {row['agreement']:.2f} [{row['low']:.2f}, {row['high']:.2f}], n = {row['n']:,}"
         for row in result["pairs"]
     ]
     left_out = sum(result.get("left_out", {}).values())
     table.caption = "\n".join(
-        ["order of two responses to one speech as the raters have it:", *said, f"{left_out} left out"]
+        [
+            "weighted κ: agreement beyond chance, 1 is perfect, 0 is chance",
+            "Spearman: correlation of ranks; bias: mean rating of the judge less that of the raters",
+            "share of two responses to one speech in the raters' order (.5 is chance), by how far apart they are:",
+            *said,
+            f"{left_out} left out",
+        ]
     )
     table.caption_justify = "left"
     return table
@@ -217,4 +225,4 @@ def _cell(row: Row, figure: str) -> str:
         return ""
     if row[figure] is None:
         return "no spread"
-    return f"{row[figure]:.3f} [{row[f'{figure}_low']:.3f}, {row[f'{figure}_high']:.3f}]"
+    return f"{row[figure]:.2f} [{row[f'{figure}_low']:.2f}, {row[f'{figure}_high']:.2f}]"

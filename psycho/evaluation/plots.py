@@ -268,7 +268,7 @@ def reward_curves(histories: Mapping[str, Rows]) -> Markup:
             _mark_rounds(ax, history)
             ax.set(xlabel="optimizer step")
             ax.set_title(f"{name} ({len(history):,} steps)")
-        axes[0].set_ylabel("implicit reward (β × log-ratio)")
+        axes[0].set_ylabel("implicit reward")
         axes[0].legend(loc="best")
     return drawing.svg
 

@@ -18,12 +18,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from psycho import storage
-from psycho.evaluation import findings, plots
+from psycho.config import Config
+from psycho.evaluation import captions, findings, plots
 from psycho.evaluation.data import data_context
+from psycho.evaluation.steps import NAMES, signed, step_sentence
 from psycho.evaluation.summary import read_evaluation
 from psycho.principles import PRINCIPLES, STEMS
 from psycho.run import Run
-from psycho.stages import CALIBRATION, POLICIES
+from psycho.stages import CALIBRATION, POLICIES, evaluation_judge, starts_from_pairs
 from psycho.training.launch import read_history
 
 Summary = Mapping[str, Any]
@@ -41,19 +43,24 @@ def render_report(run: Run, summary: Summary) -> str:
         name=run.config.name,
         summary=summary,
         written=_last_entry(run),
+        missing=_missing(run, summary),
         story=findings.story(run.config, summary),
-        warnings=findings.warnings(summary, first_place, preferences),
+        warnings=findings.warnings(run.config, summary, first_place, preferences),
         limits=findings.limits(run.config, summary),
         headline=findings.headline_policy(summary),
         nano=findings.is_nano(summary),
         labels=findings.LABELS,
+        names=NAMES,
+        steps=[{"row": step, "said": step_sentence(step)} for step in summary.get("steps", [])],
+        compared_by=evaluation_judge(run.config).model,
+        from_pairs=starts_from_pairs(run.config),
         principles=PRINCIPLES,
         config=run.config,
         win=_win_rate(rates, first_place),
         reward=_reward_model(run, summary),
         judge=_judge(run, summary),
         calibration=_calibration(run),
-        training=_training(histories, preferences),
+        training=_training(run.config, histories, preferences),
         online=_online(run, summary),
         data=data_context(run, summary),
         examples=_examples(run, summary),
@@ -70,7 +77,12 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": findings.percent, "interval": findings.interval, "count": _count}
+    environment.filters |= {
+        "percent": findings.percent,
+        "interval": findings.interval,
+        "count": _count,
+        "signed": signed,
+    }
     return environment.get_template("report.html.jinja")
 
 
@@ -82,6 +94,17 @@ def _last_entry(run: Run) -> str | None:
     """When the run folder last got a result (UTC)."""
     lines = (storage.read_text(run.path("ledger.jsonl")) or "").splitlines()
     return json.loads(lines[-1])["time"].replace("T", " ").removesuffix("Z") if lines else None
+
+
+def _missing(run: Run, summary: Summary) -> dict[str, str]:
+    """The stages whose results are not in this report, each with the reason; what this kind of run leaves out is not
+    missing."""
+    left_out = {"report", *(("generate", "judge") if starts_from_pairs(run.config) else ())}
+    return {
+        name: run.why_not_done(name) or "done since"
+        for name in run.stages
+        if name not in left_out and name not in summary["stages"]
+    }
 
 
 def _win_rate(rates: Mapping[str, Any], first_place: float | None) -> Context | None:
@@ -160,13 +183,17 @@ def _histories(run: Run, summary: Summary) -> dict[str, list[dict[str, float]]]:
 
 
 def _training(
-    histories: Mapping[str, Sequence[dict[str, float]]], preferences: Mapping[str, Sequence[dict[str, float]]]
+    config: Config,
+    histories: Mapping[str, Sequence[dict[str, float]]],
+    preferences: Mapping[str, Sequence[dict[str, float]]],
 ) -> Context | None:
     if not histories:
         return None
     return {
         "loss_svg": plots.loss_curves(histories),
+        "loss_caption": captions.loss_caption(config, histories),
         "reward_svg": plots.reward_curves(preferences) if preferences else None,
+        "reward_caption": captions.reward_caption(config, preferences),
     }
 
 
@@ -195,7 +222,7 @@ def _said_of_round(row: Mapping[str, Any]) -> Context:
 
 
 def _examples(run: Run, summary: Summary) -> list[dict[str, Any]]:
-    """Comparisons of the furthest trained policy: one it won, one undecided, one it lost, where there are such."""
+    """Comparisons of the policy with the highest rate: one it won, one undecided, one it lost, where there are such."""
     policy = findings.headline_policy(summary)
     if policy is None:
         return []
@@ -216,4 +243,4 @@ def _verdict(row: Mapping[str, Any]) -> str:
     if row["outcome"] == 0.5:
         return "The judge was undecided."
     clear = "in both orders" if row["outcome"] in (0.0, 1.0) else "in one order, with a tie in the other"
-    return f"The judge preferred the {'trained model' if row['outcome'] > 0.5 else 'baseline'} {clear}."
+    return f"The judge preferred the {'policy' if row['outcome'] > 0.5 else 'baseline'} {clear}."

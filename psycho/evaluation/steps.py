@@ -142,14 +142,14 @@ def step_sentence(step: Row) -> str:
     if judged is None:
         text = f"{after} cannot be compared with {before}: the judge compared no speech for both"
     elif known is None:
-        text = f"{after} {_verdict(judged)} {before}: {_signed(judged)}"
+        text = f"{after} {_verdict(judged)} {before}: {signed(judged)}"
     elif _verdict(judged) == _verdict(known):
-        text = f"{after} {_verdict(judged)} {before}: {_signed(judged)} by the judge, {_signed(known)} by the truth"
+        text = f"{after} {_verdict(judged)} {before}: {signed(judged)} by the judge, {signed(known)} by the truth"
     else:
-        text = f"{after} {_verdict(judged)} {before} by the judge, {_signed(judged)}, but {_verdict(known)} it by the "
-        text += f"truth, {_signed(known)}"
+        text = f"{after} {_verdict(judged)} {before} by the judge, {signed(judged)}, but {_verdict(known)} it by the "
+        text += f"truth, {signed(known)}"
     if "gold_mean_rating" in step:
-        text += f"; true rating {_signed(step['gold_mean_rating'])}"
+        text += f"; true rating {signed(step['gold_mean_rating'])}"
     return f"{text}."
 
 
@@ -159,7 +159,7 @@ def best_sentence(best: Row, by: str = "the judge") -> str:
     rate = f"win rate {best['rate']:.0%}".replace("%", " %")
     if not best["runner_up"]:
         return f"Only {first} was compared, by {by}: {rate}."
-    evidence = f"{_signed(best)} over {NAMES.get(best['runner_up'], best['runner_up'])}" if "low" in best else ""
+    evidence = f"{signed(best)} over {NAMES.get(best['runner_up'], best['runner_up'])}" if "low" in best else ""
     evidence = f", {evidence}, n = {best['n']:,}" if evidence else ""
     if best["policy"]:
         return f"Best by {by}: {first} ({rate}{evidence})."
@@ -174,7 +174,7 @@ def _verdict(figure: Row) -> str:
     return "lost against" if figure["high"] < 0 else "did not gain on"
 
 
-def _signed(figure: Row) -> str:
+def signed(figure: Row) -> str:
     """A difference with its interval, as +.01 [-.02, .04]; a third decimal where two would hide a bound's sign."""
     digits = 3 if any(0 < abs(figure[name]) < 0.005 for name in ("low", "high")) else 2
     value, low, high = (_short(figure[name], digits) for name in ("difference", "low", "high"))

@@ -86,11 +86,11 @@ def _evaluation(run: Run) -> Summary:
         "judge": _pick(judge, _JUDGE_KEYS),
         "reward_model": _pick(reward, _REWARD_KEYS),
         "win_rate": {name: _win_rate(rates[name]) for name in POLICIES if name in rates},
-    } | _compared(run)
+    } | compared(run)
 
 
-def _compared(run: Run) -> Summary:
-    """Each step of the training against the one before, and the best policy, by the comparisons of each speech."""
+def compared(run: Run) -> Summary:
+    """`steps`, each of the training against the one before, and `best`, by the run's comparisons speech by speech."""
     table = storage.read_table(run.path("evaluation", "comparisons"))
     wanted = ["speech_id", "policy", *STEP_FIGURES.values()]
     rows = table.select([name for name in wanted if name in table.column_names]).to_pylist()
@@ -123,10 +123,10 @@ def _counts(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _versions(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Versions by package; several, with a comma, where stages of this run were done under different ones."""
+    """Versions by package, commits by hub model; several, with a comma, where stages were done under different ones."""
     found: dict[str, list[str]] = {}
     for manifest in manifests.values():
-        for package, version in manifest.get("versions", {}).items():
+        for package, version in (manifest.get("versions", {}) | manifest.get("commits", {})).items():
             if version not in found.setdefault(package, []):
                 found[package].append(version)
     return {package: ", ".join(versions) for package, versions in found.items()}

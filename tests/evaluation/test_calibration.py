@@ -171,3 +171,19 @@ def test_the_report_shows_a_calibration_and_only_then(fake_run):
     page = render_report(run, build_summary(run, stage_manifests(run), 60.0, None))
     assert 'id="calibration"' in page and "nano:judge &lt;b&gt;" in page and 'id="calibration-figure_1"' in page
     assert "160 responses" in page and "ordered as people do" in page
+
+
+def test_the_table_fits_eighty_columns_and_explains_itself():
+    human, judged = data(40)
+    result = {"judge": "nano:judge"} | calibration(human, judged)
+    for row in result["principles"].values():  # the widest that can be
+        row |= {"bias": -1.25, "bias_low": -1.5, "bias_high": -1.125}
+        row |= {"spearman": -0.5, "spearman_low": -0.75, "spearman_high": -0.25}
+        if row.get("kappa") is not None:
+            row |= {"kappa": -0.5, "kappa_low": -0.75, "kappa_high": -0.25}
+    out = io.StringIO()
+    Console(file=out, width=80).print(calibration_table(result))
+    assert max(map(len, out.getvalue().splitlines())) <= 80 and "…" not in out.getvalue()
+    assert out.getvalue().count("-1.25 [-1.50, -1.12]") == len(result["principles"])
+    text = " ".join(out.getvalue().split())
+    assert "weighted κ: agreement beyond chance" in text and "bias: mean rating of the judge less" in text

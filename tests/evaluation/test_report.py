@@ -11,8 +11,10 @@ from typing import Any, cast
 import pytest
 
 from psycho import storage
+from psycho.errors import BadInput
 from psycho.evaluation import findings, plots
 from psycho.evaluation.report import render_report
+from psycho.evaluation.steps import signed, step_sentence
 from psycho.evaluation.summary import build_summary, stage_manifests
 from psycho.job import Job
 from psycho.run import Run
@@ -141,14 +143,14 @@ def test_a_partial_run_gives_a_partial_page(fake_run: Any, last: str, there: set
 def test_a_run_without_anything_still_renders(fake_run: Any) -> None:
     html = page(fake_run.run)
     Page(html)
-    assert "Nothing has been trained yet." in html
+    assert "This run holds nothing yet." in html
 
 
 def test_without_gold_the_page_does_not_speak_of_it(fake_run: Any) -> None:
     fake_run.gold = False
     html = page(fake_run.finish())
     assert "correlation" not in figures(html)
-    assert "practice world" not in html and "truth (gold)" not in html
+    assert "by the truth" not in html and "truth (gold)" not in html and "true rating" not in html.lower()
 
 
 def test_model_names_are_text_in_figures() -> None:
@@ -172,17 +174,39 @@ def test_the_same_run_gives_the_same_page(fake_run: Any) -> None:
 def test_warnings_name_what_went_wrong(fake_run: Any) -> None:
     run = fake_run.finish()
     summary = build_summary(run, stage_manifests(run), 60.0, None)
-    row, base = summary["win_rate"]["online"], summary["win_rate"]["base"]
-    calm = {"n": 500, "mean_chars": base["mean_chars"]}
-    gold = {"rate": row["rate"], "on_grammar": 1.0}
-    row |= calm | {"gold": row["gold"] | gold}
-    assert findings.warnings(summary, 0.5, {"dpo": [{"reward_chosen": 0.2}]}) == []
+    gain = {"n": 500, "difference": 0.2, "low": 0.1, "high": 0.3}
+    summary["steps"] = [{"from": "sft", "to": "dpo", "win_rate": gain, "gold_win_rate": gain}]
+    base = summary["win_rate"]["base"]
+    for row in summary["win_rate"].values():
+        row |= {"n": 500, "mean_chars": base["mean_chars"]}
+        row["gold"] |= {"rate": row["rate"], "on_grammar": 1.0}
+    assert findings.warnings(run.config, summary, 0.5, {"dpo": [{"reward_chosen": 0.2}]}) == []
+    row = summary["win_rate"]["online"]
     row |= {"n": 20, "mean_chars": 2 * base["mean_chars"]}
     row["gold"] |= {"rate": row["rate"] - 0.3, "on_grammar": 0.5}
-    found = findings.warnings(summary, 0.9, {"dpo": [{"reward_chosen": -0.2}]})
-    words = ("Only 20", "grew", "over-optimisation", "well-formed", "In dpo the reward", "prefers a place")
+    summary["steps"][0]["gold_win_rate"] = gain | {"low": -0.1}
+    found = findings.warnings(run.config, summary, 0.9, {"dpo": [{"reward_chosen": -0.2}]})
+    words = ("but did not gain on it by the truth", "Only 20", "grew", "over-optimisation", "well-formed",
+             "In dpo the reward", "prefers a place")  # fmt: skip
     assert len(found) == len(words)
     assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
+def test_drift_of_a_policy_that_is_not_the_best_is_said_too(fake_run: Any) -> None:
+    run = fake_run.finish()
+    summary = build_summary(run, stage_manifests(run), 60.0, None)
+    summary["win_rate"]["sft"]["gold"]["on_grammar"] = 0.4
+    assert any("40.0" in text and "SFT" in text for text in findings.warnings(run.config, summary, None, {}))
+
+
+def test_a_log_probability_below_nothing_is_no_warning(fake_run: Any) -> None:
+    """Losses without a reference show log-probabilities, which are always below 0."""
+    dpo = fake_run.run.config.training.dpo.model_copy(update={"loss": "simpo"})
+    training = fake_run.run.config.training.model_copy(update={"dpo": dpo})
+    config = fake_run.run.config.model_copy(update={"training": training})
+    histories = {"dpo": [{"reward_chosen": -0.2}], "online": [{"reward_chosen": -0.2}]}
+    found = findings.warnings(config, {"win_rate": {}}, None, histories)
+    assert len(found) == 1 and "In online the reward" in found[0]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +219,29 @@ def test_story_says_no_more_than_the_interval(fake_run: Any, low: float, high: f
     assert verdict in findings.story(run.config, summary)[1]
 
 
+def test_the_page_is_about_the_best_policy_not_the_last(fake_run: Any) -> None:
+    run = fake_run.finish()
+    summary = build_summary(run, stage_manifests(run), 60.0, None)
+    summary["best"] |= {"policy": "sft", "highest": "sft", "runner_up": "online", "not_told_apart": []}
+    html = render_report(run, summary)
+    assert "win rate of SFT" in html and "Best by the judge: SFT" in html
+    assert "comparisons of SFT with the baseline" in html
+    summary["best"] |= {"policy": None, "not_told_apart": ["dpo"]}
+    assert "SFT and DPO cannot be told apart" in render_report(run, summary)
+
+
+def test_every_step_is_on_the_page_in_words_and_figures(fake_run: Any) -> None:
+    run = fake_run.finish()
+    html = page(run)
+    section = html[html.index("Did each step gain?") : html.index('<h2 id="reward-model">')]
+    for step in build_summary(run, stage_manifests(run), 60.0, None)["steps"]:
+        assert step_sentence(step) in section
+        for figure in ("win_rate", "gold_win_rate", "gold_mean_rating"):
+            assert f"{signed(step[figure])}<small>n = {step[figure]['n']}</small>" in section
+    # a figure of the truth is over all speeches, also those that the judge failed at
+    assert f"{html[html.index('true win rate') :].split('n = ')[1][:3]}" == str(fake_run.evaluation)
+
+
 def test_recipe_writes_the_page_as_a_stage(fake_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run = fake_run.finish()
     manifests: dict[str, Any] = {}
@@ -203,7 +250,9 @@ def test_recipe_writes_the_page_as_a_stage(fake_run: Any, capsys: pytest.Capture
     def stage(name: str, body: Any) -> None:
         manifests[name] = run.execute(name, body)
 
-    job = SimpleNamespace(run=run, manifests=manifests, stage=stage, progress=SimpleNamespace(say=said.append))
+    job = SimpleNamespace(
+        run=run, config=run.config, manifests=manifests, stage=stage, progress=SimpleNamespace(say=said.append)
+    )
     report(cast(Job, job))
     report(cast(Job, job))
     with open(run.path("report.html"), encoding="utf-8") as file:
@@ -212,6 +261,52 @@ def test_recipe_writes_the_page_as_a_stage(fake_run: Any, capsys: pytest.Capture
     assert run.is_done("report") and manifests["report"]["status"] == "skipped"
     told = "".join(said) + "".join(capsys.readouterr())
     assert "stuck" not in told and "hard" not in told
+
+
+def told_report(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """The recipe on a run folder: the manifests of stages it ran, and what it said."""
+    manifests: dict[str, Any] = {}
+    said: list[str] = []
+
+    def stage(name: str, body: Any) -> None:
+        manifests[name] = run.execute(name, body)
+
+    job = SimpleNamespace(
+        run=run, config=run.config, manifests={}, stage=stage, progress=SimpleNamespace(say=said.append)
+    )
+    report(cast(Job, job))
+    return manifests, said
+
+
+def test_recipe_writes_a_page_of_a_run_that_has_only_data(fake_run: Any) -> None:
+    run = fake_run.finish("pair")
+    storage.write_text(run.path("manifests", "report.json"), json.dumps({"key": run.key("report")}))
+    manifests, said = told_report(run)
+    html = storage.read_text(run.path("report.html")) or ""
+    Page(html)
+    assert figures(html) == {"ratings", "gap", "length", "who"}
+    assert "Not done, and so not in this report: train_sft, train_reward, train_dpo, train_online, evaluate" in html
+    assert html.count("not done yet") == 5 and "No model has been trained yet." in html
+    assert "practice world" in html
+    assert manifests == {} and run.why_not_done("report") == "not done yet"  # the whole page is still to come
+    assert said == [f"report: of a run without evaluate -> {run.path('report.html')}"]
+    run = fake_run.finish()
+    told_report(run)
+    assert "Not done" not in (storage.read_text(run.path("report.html")) or "") and run.is_done("report")
+
+
+def test_recipe_refuses_a_run_that_holds_nothing(fake_run: Any) -> None:
+    with pytest.raises(BadInput, match=r"nothing is done in .*; run the pipeline first"):
+        told_report(fake_run.run)
+    assert not storage.exists(fake_run.run.path("report.html"))
+
+
+def test_a_stale_stage_is_named_with_its_reason(fake_run: Any) -> None:
+    run = fake_run.finish()
+    changed = run.config.model_copy(update={"pairs": run.config.pairs.model_copy(update={"min_gap": 2.0})})
+    html = page(Run(changed, run.stages.values()))
+    assert "Not done, and so not in this report: pair, train_reward, train_dpo, train_online, evaluate" in html
+    assert html.count("<td>its settings or inputs changed</td>") == 5
 
 
 def cells(html: str) -> list[list[str]]:
@@ -261,6 +356,6 @@ def test_online_rounds_show_what_the_held_out_judge_said(fake_run: Any) -> None:
     rounds[1] |= {"gold_score": 2.75, "gold_rated": 40, "gold_failed": 0, "gold_tokens": 9000}
     storage.write_text(file, json.dumps(rounds))
     html = page(run)
-    assert "before the first it gave them 3.25" in html
+    assert "before the first round they had 3.25" in html and "The truth of the practice world rates" in html
     assert [row[7] for row in cells(html)] == ["– –", "4.90 2.75", "3.90 –"]
     assert "held-out judge, 1 to 5" in html[html.index('id="rounds-figure_1"') :]

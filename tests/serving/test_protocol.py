@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
+from psycho import storage
 from psycho.config import Config, SamplingConfig, ServingConfig
 from psycho.errors import BadInput
 from psycho.serving.app import base_url, build_app, check_port, from_args
@@ -33,7 +36,7 @@ from psycho.serving.protocol import (
     ScoreRequest,
     Scores,
 )
-from ray_jobs.serve import final_models
+from ray_jobs.serve import served_policy
 
 SECRET = "my sister said something unrepeatable"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -103,16 +106,26 @@ class FakeHandle:
 
 
 class FakeRun:
-    """A run folder that only knows where its models would be."""
+    """A run folder that only knows where its models would be, and which policy won which share of 200 speeches."""
 
-    def __init__(self, root: Path, *trained: str) -> None:
-        self.root = str(root)
+    def __init__(self, root: Path, *trained: str, **won: float) -> None:
+        self.root, self.evaluated = str(root), bool(won)
+        rows = [
+            {"policy": name, "speech_id": f"s{n}", "outcome": float(n < 200 * share)}
+            for name, share in won.items()
+            for n in range(200)
+        ]
+        if rows:
+            storage.write_table(pa.Table.from_pylist(rows), self.path("evaluation", "comparisons"))
         for name in trained:
             (root / "models" / name).mkdir(parents=True)
             (root / "models" / name / "config.json").write_text("{}")
 
     def path(self, *parts: str) -> str:
         return "/".join([self.root, *parts])
+
+    def is_done(self, stage: str) -> bool:
+        return stage == "evaluate" and self.evaluated
 
 
 def parts(*items: Any) -> Callable[[], AsyncIterator[Any]]:
@@ -413,12 +426,31 @@ def test_score_refuses_what_is_not_a_scored_conversation(body: dict[str, Any]) -
         assert client.post("/v1/score", json=body).status_code == 400
 
 
-def test_the_final_policy_is_the_last_one_trained(tmp_path: Path) -> None:
+def test_without_an_evaluation_the_furthest_trained_policy_is_served(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "a", "sft", "dpo", "reward")
-    assert final_models(run) == (run.path("models", "dpo"), run.path("models", "reward"))  # type: ignore[arg-type]
+    assert served_policy(run) == ("dpo", "no evaluation says whether it is the best policy")  # type: ignore[arg-type]
     for name, trained, missing in (("b", ["sft"], "reward model"), ("c", ["reward"], "policy"), ("d", [], "models")):
         with pytest.raises(BadInput, match=f"no trained {missing}; run the pipeline first"):
-            final_models(FakeRun(tmp_path / name, *trained))  # type: ignore[arg-type]
+            served_policy(FakeRun(tmp_path / name, *trained))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"serving.policy is online, which the run in .* has not trained"):
+        served_policy(run, "online")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("won", "wanted", "served", "said"),
+    [
+        ({"base": 0.1, "sft": 0.9, "dpo": 0.6, "online": 0.7}, "best", "sft", "the best policy of this run"),
+        ({"base": 0.1, "sft": 0.9, "dpo": 0.6, "online": 0.7}, "online", "online", "not the best policy .*: Best by"),
+        ({"base": 0.1, "sft": 0.4, "dpo": 0.8, "online": 0.8}, "best", "online", "cannot tell it apart from DPO"),
+        ({"base": 0.9, "sft": 0.4, "dpo": 0.5, "online": 0.3}, "best", "online", "not the best .*the model before"),
+    ],
+)
+def test_the_best_policy_is_served_and_what_is_served_is_said(
+    tmp_path: Path, won: dict[str, float], wanted: str, served: str, said: str
+) -> None:
+    run = FakeRun(tmp_path / "run", "sft", "dpo", "online", "reward", **won)
+    name, why = served_policy(run, wanted)  # type: ignore[arg-type]
+    assert name == served and re.search(said, why)
 
 
 def model_folder(folder: Path, **config: Any) -> str:
