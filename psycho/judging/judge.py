@@ -74,7 +74,9 @@ def rate_single(
 
     def invented(index: int, rating: Rating) -> tuple[str, ...]:
         evidence = {stem: as_written(quote, judge.template) for stem, quote in rating.evidence.items()}
-        return unfaithful(evidence, judge.template, *items[index], max_chars=judge.max_evidence_chars)
+        speech, response, *history = items[index]
+        earlier = history[0] if history else None
+        return unfaithful(evidence, judge.template, speech, response, earlier, judge.max_evidence_chars)
 
     checks = kept and judge.evidence_check != "off"
     doubts = (

@@ -41,7 +41,7 @@ def pick(entries: Sequence[dict[str, Any]], count: int, by: By, seed: int) -> li
         count = min(count, len(ordered))
         places = [round(index * (len(ordered) - 1) / max(1, count - 1)) for index in range(count)]
         return [ordered[place] for place in places]
-    queues = [sorted(shuffled, key=lambda entry, stem=stem: -entry["spread"][stem]) for stem in STEMS]
+    queues = [_furthest_apart(shuffled, stem) for stem in STEMS]
     taken: dict[int, dict[str, Any]] = {}
     while len(taken) < min(count, len(shuffled)):
         for queue in queues:
@@ -49,6 +49,10 @@ def pick(entries: Sequence[dict[str, Any]], count: int, by: By, seed: int) -> li
             if entry is not None and len(taken) < count:
                 taken[id(entry)] = entry
     return list(taken.values())
+
+
+def _furthest_apart(entries: Sequence[dict[str, Any]], stem: str) -> list[dict[str, Any]]:
+    return sorted(entries, key=lambda entry: -entry["spread"][stem])
 
 
 def pair_entries(pairs: Iterable[Row], rated: Iterable[Row]) -> list[dict[str, Any]]:

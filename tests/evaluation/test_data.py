@@ -51,6 +51,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
             },
         ],
         "disagreement": 0.4172,
+        "evidence": {"relevance": {"quoted": 1200, "unfaithful": 660, "unfaithful_share": 0.55}},
     },
 }
 
@@ -82,6 +83,7 @@ def test_what_the_stages_counted_is_shown(fake_run: Any) -> None:
     assert (
         '<th scope="row">first</th><td>evidence</td><td>758</td><td>2</td><td>9</td><td>4</td><td>50,100</td>' in html
     )
+    assert '<th scope="row">relevance</th><td>1,200</td><td>660</td><td>55.0 %</td>' in html.replace("\xa0", " ")
     assert "made: mode panel; the judges of the panel lie 0.42 apart (standard deviation)." in html
 
 
@@ -93,7 +95,12 @@ def test_what_they_did_not_count_is_left_out(fake_run: Any, stage: str) -> None:
     captions = {
         "prepare": ("Personal data", "Languages", "Duplicates", "Topics"),
         "generate": ("Responses by how", "Responses by model"),
-        "judge": ("Ratings by how", "Ratings by judge", "How the ratings were made"),
+        "judge": (
+            "Ratings by how",
+            "Ratings by judge",
+            "How the ratings were made",
+            "Evidence that the judge invented",
+        ),
     }
     for name, texts in captions.items():
         assert all((text in html) is (name != stage) for text in texts), name

@@ -12,7 +12,7 @@ import pytest
 
 from psycho import storage
 from psycho.config import load_config
-from psycho.errors import BadInput
+from psycho.errors import BadInput, StageFailed
 from psycho.job import Job
 from psycho.plan import build_plan
 from psycho.principles import STEMS
@@ -87,6 +87,47 @@ def test_pairs_groups_and_audit_of_a_run_of_its_own(tmp_path: Path) -> None:
     assert manifest["rows_in"] == 30 * 6 + 10 and manifest["train"] + manifest["dev"] == 30 * 3
     # the best response of each train speech is less safe by two: its three pairs go
     assert manifest["left_out"] == {"less safe by 2": 30 * 3} and manifest["less_safe"] == 90
+
+
+def test_too_few_rated_responses_stop_the_stage(tmp_path: Path) -> None:
+    made = job(tmp_path / "run")
+    rated_run(made)
+    rows = read(made, "ratings")
+    lost = {f"s{n:02}" for n in range(5)} | {"s33"}
+    kept = [row for row in rows if row["speech_id"] not in lost]
+    for file in Path(made.run.path("ratings")).glob("*.parquet"):
+        file.unlink()
+    storage.write_table(pa.Table.from_pylist(kept, schema=RATING), made.run.path("ratings"))
+    manifest = made.run.manifest("judge") or {}
+    files = {"ratings": storage.parquet_sizes(made.run.path("ratings"))}
+    storage.write_text(made.run.path("manifests", "judge.json"), json.dumps(manifest | {"files": files}))
+    with pytest.raises(StageFailed, match=r"pair: 6 of 40 client speeches were left out \(15\.0%.*6 fewer than two"):
+        pair(made)
+    assert made.run.manifest("pair") is None
+    assert "fewer than two" in (storage.read_text(made.run.path("quarantine", "pair.jsonl")) or "")
+    again = job(tmp_path / "run", "quality.max_left_out_share=0.2")
+    pair(again)
+    assert balances(again, "pair")["defects"] == {"rows": 6, "of": 40, "what": "client speeches"}
+
+
+def test_imported_rows_with_a_defect_stop_the_stage_and_duplicates_do_not(tmp_path: Path) -> None:
+    source = Path(published(tmp_path / "pairs.jsonl"))
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    doubled = tmp_path / "doubled.jsonl"
+    doubled.write_text("\n".join(map(json.dumps, [*rows, *rows])))
+    settings = ("pairs.test_share=0.2", "generation.pool=[]")
+    made = job(tmp_path / "one", f"pairs.source={doubled}", *settings)
+    prepare(made)
+    pair(made)
+    assert balances(made, "pair")["defects"] == {"rows": 4, "of": 240, "what": "imported rows"}
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(
+        "\n".join(json.dumps(row | {"rejected": ""} if n % 4 == 0 else row) for n, row in enumerate(rows))
+    )
+    made = job(tmp_path / "other", f"pairs.source={broken}", *settings)
+    prepare(made)
+    with pytest.raises(StageFailed, match=r"pair: .* of 120 imported rows were left out"):
+        pair(made)
 
 
 def test_no_test_pair_is_one_sentence(tmp_path: Path) -> None:

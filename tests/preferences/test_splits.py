@@ -52,6 +52,7 @@ def test_every_speech_is_accounted_for():
         "test": 6,
         "left_out": {"tie": 3, "fewer than two rated responses": 2},
         "less_safe": 0,
+        "defects": {"rows": 2, "of": 46, "what": "client speeches"},
     }
     assert all(row["reason"] for row in found.left_out)
     assert {row["speech_id"] for row in found.left_out if "speech_id" in row} == {"s000", "s001"}
