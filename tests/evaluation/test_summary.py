@@ -118,7 +118,7 @@ def test_environment_secrets_are_hidden(fake_run: Any) -> None:
     env = {"HF_TOKEN": "hf_abc", "OMP_NUM_THREADS": "1"}
     run.config = run.config.model_copy(update={"inference": run.config.inference.model_copy(update={"env": env})})
     config = build_summary(run, {}, 0.0, None)["config"]
-    assert config["inference"]["env"] == {"HF_TOKEN": "(hidden)", "OMP_NUM_THREADS": "1"}
+    assert config["inference"]["env"] == {"HF_TOKEN": None, "OMP_NUM_THREADS": "1"}
     assert config["judge"]["max_tokens"] == 160
 
 
