@@ -116,7 +116,9 @@ class FileOption:
 
 
 FILE_OPTIONS = {
-    "judge": FileOption("calibrate", "compare the judge with the human ratings in this CSV, JSONL or Parquet file"),
+    "judge": FileOption(
+        "calibrate", "compare the judge with the human ratings in this CSV, JSON, JSONL or Parquet file"
+    ),
 }
 
 
