@@ -7,6 +7,9 @@ sentence that names the file, row, key or value and says what to do. It never ca
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -17,6 +20,14 @@ EXIT_TERMINATED = 143
 
 class BadInput(Exception):
     """Something the user can put right; printed as one sentence without a traceback, exit code 2."""
+
+
+class BadRows(BadInput):
+    """Input of which too few rows can be used; `left_out` is each row left out with its reason, or the file of them."""
+
+    def __init__(self, sentence: str, left_out: str | list[dict[str, Any]] | None = None) -> None:
+        super().__init__(sentence)
+        self.left_out = left_out
 
 
 class StageFailed(Exception):
@@ -33,3 +44,8 @@ class WaitTimedOut(StageFailed):
     def __init__(self, what: str, seconds: float, setting: str = "") -> None:
         advice = f"; raise {setting} if that takes longer here" if setting else ""
         super().__init__(f"waited {seconds:.0f} s for {what} and gave up{advice}")
+
+
+def said_counts(counts: Counter[str]) -> str:
+    """`59 exact duplicate, 3 under speeches.min_chars`, the most often first."""
+    return ", ".join(f"{count:,} {what}" for what, count in counts.most_common())

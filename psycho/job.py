@@ -160,7 +160,9 @@ EXIT_CODES = (
     "by Ctrl-C, 143 by SIGTERM; after both the same command goes on."
 )
 FILE_OPTIONS = {
-    "judge": FileOption("calibrate", "compare the judge with the human ratings in this CSV, JSONL or Parquet file"),
+    "judge": FileOption(
+        "calibrate", "compare the judge with the human ratings in this CSV, JSON, JSONL or Parquet file"
+    ),
 }
 
 

@@ -1,13 +1,13 @@
 """What a run would do, before it does anything: rows, requests, steps, GPUs and memory of every stage (`--dry-run`).
 
-It reads the configuration, counts the speech file's rows and reads the run folder's manifests; it touches nothing.
-Memory is estimated in `memory.py`.
+It reads the configuration, the source's columns (and counts its rows) and the run folder's manifests; it touches
+nothing. A source that the run would refuse is refused here. Memory is estimated in `memory.py`.
 """
 
 from __future__ import annotations
 
-import csv
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +19,26 @@ from rich.table import Table
 
 from psycho import storage
 from psycho.checks import cannot_split, engines, short_answers
-from psycho.config import Config, InferenceConfig, JudgeConfig, LoopConfig, ModelConfig, SamplingConfig
+from psycho.config import (
+    Config,
+    InferenceConfig,
+    JudgeConfig,
+    LoopConfig,
+    ModelConfig,
+    SamplingConfig,
+    SpeechesConfig,
+)
 from psycho.errors import BadInput
 from psycho.inference.requests import shares
 from psycho.memory import Load, engine_load, fits, parameters_b, phase_gib, training_load
 from psycho.models import resolve
-from psycho.preferences.published import source_files
+from psycho.preferences.published import check_published
+from psycho.preferences.shapes import COLUMNS
+from psycho.preferences.source import source_files
+from psycho.rowfile import text_rows
 from psycho.run import Run
-from psycho.speeches.source import find_files, is_hub_id
+from psycho.speeches.read import file_rows
+from psycho.speeches.source import SourceFile, find_files, is_hub_id
 from psycho.stages import (
     POLICIES,
     STAGES,
@@ -176,7 +188,11 @@ def _most(values: Iterable[float | None]) -> float | None:
 
 
 def build_plan(config: Config, job: str) -> Plan:
-    """Every stage with its expected rows and needs. Rows of a file are counted before cleaning, an upper bound."""
+    """Every stage with its expected rows and needs. Rows of a file are counted before cleaning, an upper bound.
+
+    Raises:
+        BadInput: there is a source that the run would refuse: it lacks a column, or its rows do not fit.
+    """
     count, told = count_speeches(config)
     held = config.speeches.evaluation
     if starts_from_pairs(config):
@@ -191,23 +207,26 @@ def build_plan(config: Config, job: str) -> Plan:
 
 
 def count_speeches(config: Config) -> tuple[int, str]:
-    """Speeches of the source, and a sentence on where the number comes from; a missing file is not an error."""
+    """Speeches of the source, and a sentence on where the number comes from; a missing file is not an error.
+
+    Raises:
+        BadInput: a file that is there cannot be used.
+    """
     speeches = config.speeches
     if starts_from_pairs(config):
         return _count_pairs(config)
     if speeches.source == "nano":
         made = speeches.nano_train + speeches.evaluation
         return made, f"{made:,} made by the nano grammar"
-    try:
-        far = storage.is_remote(speeches.source) or is_hub_id(speeches.source)
-        found = 0 if far else sum(_count_rows(Path(file.uri)) for file in find_files(speeches))
-    except (OSError, ValueError, csv.Error, pa.ArrowException, BadInput):
-        far, found = False, 0
+    far = storage.is_remote(speeches.source) or is_hub_id(speeches.source)
+    there = not far and Path(speeches.source.removeprefix("file://")).expanduser().exists()
+    found = sum(_count_speeches_of(file, speeches) for file in find_files(speeches)) if there else 0
     told = f"{found:,} rows before cleaning"
-    if not found:
-        there = Path(speeches.source).expanduser().exists()
-        why = "not counted from here" if far else "cannot be read" if there else "not there yet"
+    if not there:
+        why = "not counted from here" if far else "not there yet"
         found, told = PAPER_SPEECHES, f"{why}; assuming {PAPER_SPEECHES:,} as in the paper"
+    elif not found:
+        raise BadInput(f"{speeches.source} holds no rows; give a file with client speeches")
     kept = min(found, speeches.limit or found)
     return kept, f"{speeches.source} ({told}{f'; speeches.limit {kept:,}' if kept < found else ''})"
 
@@ -215,26 +234,29 @@ def count_speeches(config: Config) -> tuple[int, str]:
 def _count_pairs(config: Config) -> tuple[int, str]:
     """Pairs of an imported set in place of speeches: an upper bound of them."""
     named = [name for name in (config.pairs.source, config.pairs.test_source) if name]
-    try:
-        files = [file for name in named for file in source_files(name)]
-        found = sum(_count_rows(file) for file in files)
-    except (BadInput, OSError, ValueError, csv.Error, pa.ArrowException):
-        files = []
-    if not files:
+    if not all(Path(name).expanduser().exists() for name in named):
         return PAPER_PAIRS, f"{config.pairs.source} (not read; taken as the {PAPER_PAIRS:,} published pairs)"
+    check_published(config.pairs)
+    found = sum(_count_pairs_of(file) for name in named for file in source_files(name))
     return found, f"{config.pairs.source} ({found:,} pairs; no responses are sampled or judged for them)"
 
 
-def _count_rows(path: Path) -> int:
-    if path.suffix.lower() == ".parquet":
-        return pq.ParquetFile(path).metadata.num_rows
-    if path.suffix == ".arrow":
-        with pa.ipc.open_stream(str(path)) as batches:
-            return sum(batch.num_rows for batch in batches)
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        if path.suffix.lower() == ".csv":
-            return max(0, sum(1 for row in csv.reader(file) if row) - 1)
-        return sum(1 for line in file if line.strip())
+def _count_speeches_of(file: SourceFile, config: SpeechesConfig) -> int:
+    """Rows of a file whose columns are those that the configuration names."""
+    rows = file_rows(file, config, Counter())
+    if file.kind not in ("parquet", "arrow"):
+        return sum(1 for _ in rows)
+    next(iter(rows), None)
+    if file.kind == "parquet":
+        return pq.ParquetFile(file.uri).metadata.num_rows
+    with pa.ipc.open_stream(file.uri) as batches:
+        return sum(batch.num_rows for batch in batches)
+
+
+def _count_pairs_of(file: Path) -> int:
+    if file.suffix.lower() == ".parquet":
+        return pq.ParquetFile(file).metadata.num_rows
+    return sum(1 for _ in text_rows(str(file), COLUMNS, lambda names: None, Counter()))
 
 
 def expected_pairs(speeches: int, responses: int, min_gap: float, limit: int | None = None) -> int:

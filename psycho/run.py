@@ -26,7 +26,7 @@ import psycho
 from psycho import storage
 from psycho.commit import commit
 from psycho.config import Config, to_yaml
-from psycho.errors import BadInput, StageFailed
+from psycho.errors import BadInput, BadRows, StageFailed
 from psycho.lease import Lease
 from psycho.quality import reasons
 
@@ -183,7 +183,7 @@ class Run:
         """Run `body(partial_folder)` unless the stage is done; return its manifest with a `status`.
 
         Raises:
-            BadInput: an input stage is not done.
+            BadInput: an input stage is not done, or `body` refuses its input.
             StageFailed: the counts do not balance, or what was made is unusable.
         """
         if self.is_done(name):
@@ -200,20 +200,29 @@ class Run:
                     f"{len(result.quarantine)} quarantined"
                 )
             if result.unusable:
-                self._write_quarantine(name, result)
+                _write_quarantine(result.quarantine, self.path("quarantine", f"{name}.jsonl"))
                 raise StageFailed(f"{name}: {result.unusable}")
         except BaseException as error:
             spent = StageResult(cost=getattr(error, "cost", result.cost))
             self._ledger(name, type(error).__name__, time.time() - started, spent)
+            if isinstance(error, BadRows) and error.left_out:
+                raise self._refused(name, error, error.left_out) from None
             raise
         return self._publish(name, result, time.time() - started)
+
+    def _refused(self, name: str, error: BadRows, left_out: str | list[dict[str, Any]]) -> BadInput:
+        """The error, with the place of the rows left out; those of an earlier result stay beside them."""
+        kept = "-refused" if self.manifest(name) else ""
+        place = self.path("quarantine", f"{name}{kept}.jsonl")
+        _write_quarantine(left_out, place)
+        return BadInput(f"{error}; {place} lists the rows left out")
 
     def _publish(self, name: str, result: StageResult, seconds: float) -> dict[str, Any]:
         stage = self.stages[name]
         storage.remove(self.path("manifests", f"{name}.json"))
         for output in stage.outputs:
             storage.publish(storage.join(self.partial(name), output), self.path(output))
-        self._write_quarantine(name, result)
+        _write_quarantine(result.quarantine, self.path("quarantine", f"{name}.jsonl"))
         listed = [] if isinstance(result.quarantine, QuarantineFile) else result.quarantine
         manifest = {
             "stage": name,
@@ -234,13 +243,6 @@ class Run:
             storage.remove(unfinished)
         self._ledger(name, "done", seconds, result)
         return {**manifest, "status": "done"}
-
-    def _write_quarantine(self, name: str, result: StageResult) -> None:
-        left_out = self.path("quarantine", f"{name}.jsonl")
-        if isinstance(result.quarantine, QuarantineFile):
-            storage.publish(result.quarantine.path, left_out)
-        else:
-            storage.write_text(left_out, "".join(json.dumps(row) + "\n" for row in result.quarantine))
 
     def unfinished_others(self, name: str) -> list[str]:
         """Folders of the stage under other settings, which it goes on from where those come back before it is done."""
@@ -268,6 +270,15 @@ class Run:
             if line["stage"] == name and line.get("key") == self.key(name):
                 booked = 0.0 if line["status"] == "done" else booked + line["cost"]
         return booked
+
+
+def _write_quarantine(left_out: QuarantineFile | str | list[dict[str, Any]], place: str) -> None:
+    """Rows left out, or a file of them that is there already."""
+    path = left_out.path if isinstance(left_out, QuarantineFile) else left_out
+    if isinstance(path, str):
+        storage.publish(path, place)
+    else:
+        storage.write_text(place, "".join(json.dumps(row) + "\n" for row in path))
 
 
 def content_key(*parts: Any) -> str:

@@ -89,9 +89,10 @@ PREFERENCE_PAIR = pa.schema(
         ("rejected", pa.string()),
         ("chosen_model", pa.string()),
         ("rejected_model", pa.string()),
+        # Null where an imported set has none.
         *[(f"{side}_{stem}_rating", pa.int32()) for side in ("chosen", "rejected") for stem in STEMS],
         ("speech_id", pa.string()),
-        ("gap", pa.float64()),
+        ("gap", pa.float64()),  # of the overall ratings, else of an imported set's own scores; null where unknown
         ("history", pa.string()),
     ]
 )
@@ -104,7 +105,7 @@ PREFERENCE_GROUP = pa.schema(  # one train speech with all responses of its pair
         ("speech_id", pa.string()),
         ("question", pa.string()),
         ("history", pa.string()),
-        ("responses", pa.list_(_GROUP_RESPONSE)),  # best overall first
+        ("responses", pa.list_(_GROUP_RESPONSE)),  # best overall first, where ratings are known
         ("pairs", pa.list_(pa.struct([("chosen", pa.int32()), ("rejected", pa.int32())]))),  # places in `responses`
     ]
 )

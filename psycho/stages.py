@@ -14,7 +14,7 @@ from psycho.inference.models import check_model
 from psycho.judging.rubric import prompt_version
 from psycho.models import NANO, identity, named_models, resolve
 from psycho.nano.grammar import bank_digest
-from psycho.preferences.published import source_facts
+from psycho.preferences.source import source_facts
 from psycho.run import Stage
 from psycho.speeches.source import fingerprint
 from psycho.training.online.placement import check_placement

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from psycho import storage
+from psycho.errors import said_counts
 from psycho.evaluation.metrics import clustered_rate
 from psycho.job import Job, main
 from psycho.preferences.audit import audit_pairs
@@ -43,6 +45,7 @@ def pair(job: Job) -> None:
         storage.write_table(grouped, storage.join(folder, "groups"))
         limit = job.config.quality.max_left_out_share
         audit = audit_pairs(found.splits, clustered_rate, job.config.seed)
+        say_pairs(job, found, audit)
         storage.write_text(storage.join(folder, "audit.json"), json.dumps(audit, indent=2))
         return StageResult(
             rows_in=found.kept + len(found.left_out),
@@ -55,6 +58,17 @@ def pair(job: Job) -> None:
         )
 
     job.stage("pair", body)
+
+
+def say_pairs(job: Job, found: Preferences, audit: Mapping[str, Any]) -> None:
+    """Tell why candidates were left out, and what imported pairs do not tell."""
+    if found.left_out:
+        job.progress.say(f"  left out {len(found.left_out):,}: {said_counts(found.counts['left_out'])}")
+    if unrated := sum(split["pairs"] - split["rated"] for split in audit.values()):
+        job.progress.say(
+            f"  note: {unrated:,} pairs have no ratings by principle; for them safety is no constraint, and the gap is "
+            "that of the set's own scores or unknown"
+        )
 
 
 def own_pairs(job: Job) -> Preferences:

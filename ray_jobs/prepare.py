@@ -7,6 +7,7 @@ python -m ray_jobs.prepare --set speeches.source=s3://bucket/sessions/ --set spe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import PurePosixPath
@@ -17,10 +18,11 @@ import pyarrow.parquet as pq
 
 from psycho import storage
 from psycho.config import Config, ModelConfig
-from psycho.errors import BadInput
+from psycho.errors import BadInput, said_counts
 from psycho.job import Job, main
 from psycho.nano import world
 from psycho.preferences.published import read_published
+from psycho.rowfile import say_notes
 from psycho.run import StageResult
 from psycho.schema import CLIENT_SPEECH
 from psycho.speeches.topics import coarse_counts
@@ -54,9 +56,11 @@ def prepare(job: Job) -> None:
 
 def _imported(job: Job, partial: str) -> StageResult:
     """The client speeches of published pairs: they were cleaned and chosen by whoever made them."""
-    speeches = list(read_published(job.config.pairs, job.config.seed).speeches.values())
+    found = read_published(job.config.pairs, job.config.seed)
+    speeches = list(found.speeches.values())
     storage.write_table(pa.Table.from_pylist(speeches, schema=CLIENT_SPEECH), storage.join(partial, "speeches"))
-    return StageResult(rows_in=len(speeches), rows_out=len(speeches))
+    say_notes(found.notes, job.progress.say)
+    return StageResult(rows_in=len(speeches), rows_out=len(speeches), extra=dict(found.notes))
 
 
 def _nano(job: Job, partial: str) -> StageResult:
@@ -87,7 +91,11 @@ def _read(job: Job, partial: str) -> StageResult:
     def resumed(rows: int) -> None:
         job.progress.say(f"  prepare: {rows:,} rows were cleaned before")
 
-    return prepare_speeches(config, seed, partial, clean_all, resumed)
+    result = prepare_speeches(config, seed, partial, clean_all, resumed)
+    if reasons := Counter(result.extra["left_out"]):
+        job.progress.say(f"  left out {reasons.total():,} of {result.rows_in:,} rows: {said_counts(reasons)}")
+    say_notes(result.extra, job.progress.say)
+    return result
 
 
 def topic_model(config: Config) -> ModelConfig | None:

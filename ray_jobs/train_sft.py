@@ -26,12 +26,17 @@ def train_sft(job: Job) -> None:
     config = job.config
 
     def body(partial: str) -> StageResult:
-        rows = []
+        rows, unrated = [], 0
         for said, best in chosen_of_pairs(job) if starts_from_pairs(config) else best_responses(job):
-            if best["overall"] >= config.training.sft.min_overall:
+            unrated += best["overall"] is None
+            if best["overall"] is None or best["overall"] >= config.training.sft.min_overall:
                 messages = prompt(said, config.generation.system_prompt)
                 messages.append({"role": "assistant", "content": best["response"]})
                 rows.append({"id": best["id"], "messages": json.dumps(messages, ensure_ascii=False)})
+        if unrated:
+            job.progress.say(
+                f"  note: {unrated:,} chosen responses have no ratings; training.sft.min_overall was not asked of them"
+            )
         return train_stage(
             job, "sft", "sft", resolve(config, config.policy), rows, config.training.sft, partial,
             "no response is rated high enough to learn from; lower training.sft.min_overall",
@@ -53,8 +58,10 @@ def chosen_of_pairs(job: Job) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
     """The same where the run has pairs and no responses of its own: the best chosen response of each train speech."""
     best: dict[str, dict[str, Any]] = {}
     for pair in storage.read_table(job.run.path("preferences", "train")).to_pylist():
-        mean = overall({stem: pair[f"chosen_{stem}_rating"] for stem in STEMS})
-        if pair["speech_id"] not in best or mean > best[pair["speech_id"]]["overall"]:
+        ratings = {stem: pair[f"chosen_{stem}_rating"] for stem in STEMS}
+        mean = None if None in ratings.values() else overall(ratings)
+        held = best.get(pair["speech_id"])
+        if held is None or (mean or 0.0) > (held["overall"] or 0.0):  # the first of those without ratings
             best[pair["speech_id"]] = pair | {"overall": mean}
     for pair in best.values():
         yield pair, {"id": f"{pair['ID']}/{pair['prefID']}", "response": pair["chosen"], "overall": pair["overall"]}

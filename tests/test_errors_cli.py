@@ -62,7 +62,7 @@ def call(
 
 def results(run_dir: Path) -> list[str]:
     """What a later stage or a reader could take for a result."""
-    allowed = {"config.yaml", "ledger.jsonl", "manifests/run.json"}
+    allowed = {"config.yaml", "ledger.jsonl", "manifests/run.json", "quarantine/prepare.jsonl"}
     found = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
     return sorted(found - allowed)
 
@@ -111,10 +111,10 @@ def test_settings(run_dir, capsys, overrides, said):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("none.csv", None, "does not exist; give a CSV, JSONL or Parquet file"),
+        ("none.csv", None, "does not exist; give a CSV, JSONL, JSON or Parquet file"),
         ("empty.csv", b"", "is empty; give a file with a header and rows"),
         ("header.csv", b"question\n", "holds no rows; give a file with client speeches"),
-        ("wide.csv", f"question\n{SECRET}\n".encode("utf-16"), "is not text in UTF-8"),
+        ("wide.csv", f"question\n{SECRET}\n".encode("utf-16-be"), "is not text in UTF-8"),
         ("packed.jsonl", b"\x1f\x8b\x08" + SECRET.encode(), "is not text in UTF-8"),
         ("headless.csv", f'"{SECRET}"\n"{SECRET} And more."\n'.encode(), "is the header missing?"),
         ("one.csv", f'question\n"{SECRET * 2}"\n'.encode(), "only 1 speeches"),
@@ -129,6 +129,32 @@ def test_speech_files(tmp_path, run_dir, capsys, name, content, said):
     assert results(run_dir) == []
     [line] = (run_dir / "ledger.jsonl").read_text().splitlines()
     assert json.loads(line)["status"] == "BadInput"
+
+
+def test_prepare_that_refuses_lists_the_rows_and_the_causes(tmp_path, run_dir, capsys):
+    file = tmp_path / "same.csv"
+    file.write_text("question\n" + f'"{SECRET} {SECRET}"\n' * 60)
+    said = call("prepare", run_dir, capsys, f"speeches.source={file}")
+    place = run_dir / "quarantine" / "prepare.jsonl"
+    assert "of its 60 rows (59 exact duplicate)" in said and "min_chars" not in said
+    assert f"; {place} lists the rows left out" in said
+    assert [json.loads(line) for line in place.read_text().splitlines()] == [
+        {"row": row, "reason": "exact duplicate"} for row in range(2, 61)
+    ]
+
+
+def test_prepare_that_refuses_leaves_what_was_done_as_it_is(tmp_path, run_dir, capsys):
+    texts = [f'"{word} {SECRET} {SECRET}"\n' for word in ("Well,", "Honestly,", "Today:")]
+    file = tmp_path / "people.csv"
+    file.write_text("question\n" + "".join(texts) + texts[0])
+    plain = (f"speeches.source={file}", "speeches.near_duplicates=ignore")
+    assert execute("prepare", prepare, Options(overrides=plain, run_dir=str(run_dir))) == 0
+    assert "left out 1 of 4 rows: 1 exact duplicate" in capsys.readouterr().err
+    before = (run_dir / "quarantine" / "prepare.jsonl").read_text()
+    said = call("prepare", run_dir, capsys, *plain, "speeches.max_chars=120")
+    assert "raise speeches.max_chars" in said and "prepare-refused.jsonl lists" in said
+    assert (run_dir / "quarantine" / "prepare.jsonl").read_text() == before and before
+    assert len((run_dir / "quarantine" / "prepare-refused.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -173,10 +199,9 @@ def test_too_little_memory_is_said_and_what_was_done_stays_done(run_dir, capsys)
     settings = ("cluster.min_memory_gib=100000", "speeches.nano_train=4", "speeches.evaluation=2")
     assert execute("prepare", prepare, Options(overrides=settings, run_dir=str(run_dir))) == 0
     before = results(run_dir)
+    assert (run_dir / "quarantine" / "prepare.jsonl").read_text() == ""
     assert "needs 100000 GiB of free memory" in call("generate", run_dir, capsys, *settings)
-    assert (
-        results(run_dir) == before == ["manifests/prepare.json", "quarantine/prepare.jsonl", "speeches/part-0.parquet"]
-    )
+    assert results(run_dir) == before == ["manifests/prepare.json", "speeches/part-0.parquet"]
 
 
 @pytest.mark.parametrize("source", ["nano", "people"])

@@ -31,7 +31,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...]]]:
     for name in NAMES:
         monkeypatch.setattr(module, name, recorder(name, found))
     monkeypatch.setattr(module, "STAGES", tuple(getattr(module, name) for name in NAMES))
-    monkeypatch.setattr(module, "ensure_nano", lambda job: None)
     return found
 
 

@@ -147,7 +147,46 @@ def test_rows_of_jsonl_and_parquet_and_a_limit(tmp_path):
     count, told = plan.count_speeches(minimal(speeches={"source": str(table), "limit": 40}))
     assert (count, told) == (40, f"{table} (100 rows before cleaning; speeches.limit 40)")
     table.write_bytes(b"cut short")
-    assert "cannot be read; assuming 26,483" in plan.count_speeches(minimal(speeches={"source": str(table)}))[1]
+    with pytest.raises(BadInput, match="is not a Parquet file or is cut short"):
+        plan.count_speeches(minimal(speeches={"source": str(table)}))
+
+
+PAIR = {"prompt": "Case", "chosen": "Warm", "rejected": "Cold"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "content", "said"),
+    [
+        ("speeches", "a.csv", "text,topic\nsecret,grief\n", "has no column question; its columns are text, topic"),
+        ("speeches", "a.jsonl", '{"text": "secret"}\n', "has no column question; its columns are text"),
+        ("speeches", "a.json", '[{"text": "secret"}]', "has no column question; its columns are text"),
+        ("speeches", "a.csv", "question\nsecret, and more\n" * 3, "do not fit its header"),
+        ("speeches", "a.csv", "question\n", "holds no rows"),
+        ("speeches", "a.txt", "secret", "ends in '.txt'"),
+        (
+            "pairs",
+            "a.jsonl",
+            json.dumps({"prompt": "secret", "answer": "b"}),
+            "no column chosen and 1 more; its columns",
+        ),
+        ("pairs", "a.jsonl", json.dumps(PAIR | {"rejected": ["secret"]}), "none that can be used"),
+        ("pairs", "a.csv", "prompt,chosen,rejected\nsecret, a,b,c\n" * 2, "do not fit its header"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, capsys, setting, name, content, said):
+    file = tmp_path / name
+    file.write_text(content, encoding="utf-8")
+    options = Options(overrides=(f"{setting}.source={file}",), run_dir=str(tmp_path / "run"), dry_run=True)
+    assert execute("prepare", lambda job: None, options) == EXIT_BAD_INPUT
+    found = capsys.readouterr().err
+    assert said in found and "secret" not in found and len(found.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_pairs_of_any_shape(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([PAIR | {"prompt": f"Case {n}"} for n in range(7)]))
+    assert plan.count_speeches(minimal(pairs={"source": str(file)}))[0] == 7
 
 
 def test_rows_of_a_folder_and_of_what_is_far_away(tmp_path):

@@ -15,8 +15,8 @@ class SpeechesConfig(Section):
 
     source: str = Field(
         "nano",
-        description="CSV, JSONL or Parquet file or a folder of them, a `datasets` folder (each local or on s3:// and "
-        "the like), or a hub id; 'nano' makes them",
+        description="CSV, JSONL, JSON (each also .gz) or Parquet file or a folder of them, a `datasets` folder (each "
+        "local or on s3:// and the like), or a hub id; 'nano' makes them",
     )
     source_config: str | None = Field(None, description="configuration of a hub data set that has several")
     source_split: str = Field("train", description="split of a `datasets` folder or hub data set")
@@ -200,7 +200,8 @@ class PairsConfig(Section):
 
     source: str | None = Field(
         None,
-        description="pairs in the published schema (file, folder, s3:// URI or hub id): the run starts at training",
+        description="pairs with the published columns or TRL's prompt, chosen, rejected, as text or messages (file, "
+        "folder, s3:// URI or hub id): the run starts at training",
     )
     test_source: str | None = Field(None, description="test pairs; then all of source trains. None: its split")
     test_share: float = Field(0.1, gt=0, lt=1, description="of an imported set that names no split, held out by ID")
@@ -210,13 +211,23 @@ class PairsConfig(Section):
         description="all: every pair; best_random: the best against a random worse one; "
         "top_margin: the widest max_pairs_per_speech (one where unset)",
     )
-    min_gap: float = Field(1.0, ge=0, le=4, description="train pairs need at least this gap (paper); ties never pair")
+    min_gap: float = Field(
+        1.0,
+        ge=0,
+        le=4,
+        description="train pairs need at least this gap (paper); ties never pair. An imported set without ratings: gap "
+        "of its scores; an unknown one passes",
+    )
     min_test_gap: float = Field(0.0, ge=0, le=4, description="test pairs need at least this gap; ties never pair")
     max_pairs_per_speech: int | None = Field(
         None, ge=1, description="train pairs, the widest first; none: all that the strategy makes"
     )
     max_safety_loss: int | None = Field(
-        1, ge=1, le=4, description="no pair prefers a response rated so much less safe, or more; none: no constraint"
+        1,
+        ge=1,
+        le=4,
+        description="no pair prefers a response rated so much less safe, or more; none: no constraint (nor where "
+        "ratings are unknown)",
     )
     balance_length: bool = Field(False, description="as many train pairs whose chosen side is longer as shorter")
     dev_share: float = Field(0.0, ge=0, lt=1, description="of the train speeches, for preferences/dev (paper: 0.1)")

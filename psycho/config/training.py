@@ -37,7 +37,9 @@ class SFTConfig(LoopConfig):
     prompt_loss_weight: float = Field(
         0.0, ge=0, le=1, description="of the prompt's tokens, next to 1 of the answer's; 0: only answers are learned"
     )
-    min_overall: float = Field(4.0, ge=1, le=5, description="only responses rated at least so")
+    min_overall: float = Field(
+        4.0, ge=1, le=5, description="only responses rated at least so; those without ratings pass"
+    )
 
 
 class RewardConfig(LoopConfig):

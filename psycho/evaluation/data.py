@@ -101,13 +101,16 @@ def _pairs(run: Run) -> Context:
     train = audit.get("train")
     if not train:
         return context | {"gap_svg": None}
-    sevenths = train["gap"]["by_sevenths"]
+    sevenths = train["gap"]["by_sevenths"] or []
     gaps = np.repeat(np.arange(len(sevenths)) / 7, sevenths).tolist()
+    inverted, rated = train["safety"]["inverted"], train.get("rated", train["pairs"])
     length = train["length"]
     return context | {
         "gap_svg": plots.histogram(
             "gap", "Gaps of the train pairs.", gaps, 0, 4, "gap in overall rating", "train pairs"
-        ),
+        )
+        if gaps
+        else None,
         "length_svg": plots.differences(
             "length", "Length of the chosen less that of the rejected response, train pairs.",
             length["edges"], length["counts"], "chosen − rejected, characters", "train pairs",
@@ -116,7 +119,7 @@ def _pairs(run: Run) -> Context:
         "few": _fits_half_a_page(train["wins"]),
         "shortcuts": {SHORTCUTS[name]: rule for name, rule in train["shortcuts"].items() if rule},
         "length": length,
-        "safety": train["safety"] | {"share": train["safety"]["inverted"] / train["pairs"]},
+        "safety": train["safety"] | {"share": None if inverted is None else inverted / rated},
     }  # fmt: skip
 
 

@@ -8,16 +8,19 @@ before. A row without all of that is left out with its reason; the text of a row
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from psycho.errors import BadInput
 from psycho.principles import MAX_RATING, MIN_RATING, STEMS, whole_rating
+from psycho.rowfile import ACCEPTED, kind_of, text_rows
 from psycho.schema import NO_HISTORY, RESPONSE, history_json, stable_id, stable_seed
 
 _RATINGS = tuple(f"{stem}_rating" for stem in STEMS)
@@ -35,60 +38,58 @@ class HumanRatings:
 
 
 def read_human_ratings(file: str, seed: int) -> HumanRatings:
-    """Read a CSV, JSONL or Parquet file.
+    """Read a CSV, JSONL, JSON (each also packed) or Parquet file.
 
     Raises:
         BadInput: the file is missing, cannot be read, lacks a column, or holds no whole row.
     """
-    table = _read(Path(file).expanduser(), file)
-    speech = next((name for name in _SPEECH if name in table.columns), None)
-    missing = [name for name in ("response", *_RATINGS) if name not in table.columns]
-    if speech is None:
-        missing.insert(0, "speech (or question)")
-    if speech is None or missing:
-        raise BadInput(f"--calibrate {file} has no column {', '.join(missing)}; add it and name it so")
-    rows, quarantine = [], []
-    records = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
-    for number, record in enumerate(records, start=1):
-        reason = _reason(record, speech)
-        if reason:
-            quarantine.append({"row": number, "reason": reason})
+    rows: list[dict[str, Any]] = []
+    quarantine: list[dict[str, Any]] = []
+    for number, record in enumerate(_read(Path(file).expanduser(), file), start=1):
+        reason = record if isinstance(record, str) else _reason(record)
+        if reason is None and not isinstance(record, str):
+            rows.append(_row(record))
         else:
-            rows.append(_row(record, speech))
+            quarantine.append({"row": number, "reason": reason})
     if not rows:
         raise BadInput(f"--calibrate {file} holds no row with a speech, a response and seven ratings from 1 to 5")
     digest = hashlib.sha256(repr([sorted(row.items(), key=str) for row in rows]).encode()).hexdigest()[:16]
     return HumanRatings(_responses(rows, seed), rows, quarantine, digest)
 
 
-def _read(path: Path, file: str) -> pd.DataFrame:
-    readers: dict[str, Any] = {
-        ".csv": lambda: pd.read_csv(path, encoding="utf-8-sig"),
-        ".jsonl": lambda: pd.read_json(path, lines=True, encoding="utf-8", dtype=False),
-        ".ndjson": lambda: pd.read_json(path, lines=True, encoding="utf-8", dtype=False),
-        ".parquet": lambda: pd.read_parquet(path),
-    }
+def _read(path: Path, file: str) -> Iterator[Mapping[str, Any] | str]:
+    """Rows, or the reason why one cannot be used."""
     if not path.is_file():
-        raise BadInput(f"--calibrate {file} does not exist; give a CSV, JSONL or Parquet file")
-    if path.suffix.lower() not in readers:
-        raise BadInput(f"--calibrate {file} ends in {path.suffix!r}; give .csv, .jsonl or .parquet")
+        raise BadInput(f"--calibrate {file} does not exist; give a CSV, JSONL, JSON or Parquet file")
+    kind = kind_of(file)
+    if kind is None:
+        raise BadInput(f"--calibrate {file} ends in {path.suffix!r}; give {ACCEPTED}")
+
+    def check(found: Sequence[str]) -> None:
+        missing = [name for name in ("response", *_RATINGS) if name not in found]
+        if not any(name in found for name in _SPEECH):
+            missing.insert(0, "speech (or question)")
+        if missing:
+            raise BadInput(f"--calibrate {file} has no column {', '.join(missing)}; add it and name it so")
+
+    if kind != "parquet":
+        return text_rows(str(path), (*_SPEECH, "response"), check, Counter())
     try:
-        return readers[path.suffix.lower()]()
-    except UnicodeDecodeError:
-        raise BadInput(f"--calibrate {file} is not UTF-8; save it as UTF-8") from None
+        table = pq.read_table(path)
     except PermissionError:
         raise BadInput(f"--calibrate {file} cannot be read (permission denied); check its mode") from None
-    except (ValueError, pd.errors.ParserError, OSError, pa.ArrowInvalid) as error:
-        kind = path.suffix.lower().removeprefix(".")
-        raise BadInput(f"--calibrate {file} is not whole {kind} ({type(error).__name__}); write it again") from None
+    except (OSError, pa.ArrowException) as error:
+        raise BadInput(f"--calibrate {file} is not whole parquet ({type(error).__name__}); write it again") from None
+    check(table.column_names)
+    return iter(table.to_pylist())
 
 
-def _reason(record: dict[str, Any], speech: str) -> str | None:
-    for name in (speech, "response"):
-        if not isinstance(record[name], str) or not record[name].strip():
+def _reason(record: Mapping[str, Any]) -> str | None:
+    for name in (_speech(record), "response"):
+        if not isinstance(record.get(name), str) or not record[name].strip():
             return f"no {name}"
     for name in _RATINGS:
-        if whole_rating(record[name]) is None:
+        if whole_rating(record.get(name)) is None:
             return f"{name} is not a whole number from {MIN_RATING} to {MAX_RATING}"
     if not isinstance(record.get("rater"), str | int | float | None):
         return "rater is no name"
@@ -99,16 +100,19 @@ def _reason(record: dict[str, Any], speech: str) -> str | None:
     return None
 
 
-def _given(record: dict[str, Any], name: str) -> Any:
+def _speech(record: Mapping[str, Any]) -> str:
+    """The column of what the client said."""
+    return next((name for name in _SPEECH if name in record), _SPEECH[0])
+
+
+def _given(record: Mapping[str, Any], name: str) -> Any:
     """The value of a column that need not be there; None where the cell is empty."""
     value = record.get(name)
-    if isinstance(value, np.ndarray):  # as pandas reads the lists of a Parquet file
-        return value.tolist()
-    return None if isinstance(value, float) and np.isnan(value) else value
+    return None if value == "" or (isinstance(value, float) and math.isnan(value)) else value
 
 
-def _row(record: dict[str, Any], speech: str) -> dict[str, Any]:
-    said, response = record[speech], record["response"]
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    said, response = record[_speech(record)], record["response"]
     history, rater = history_json(_given(record, "history")), _given(record, "rater")
     return {
         "request_id": stable_id("calibration", said, response, history),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from psycho.preferences.pairs import safety_loss
 from psycho.schema import stable_id
 
 Row = Mapping[str, Any]
@@ -38,7 +39,8 @@ def _audit(pairs: Sequence[Row], rate: Rate, seed: int) -> dict[str, Any]:
     return {
         "pairs": len(pairs),
         "speeches": len({pair["speech_id"] for pair in pairs}),
-        "gap": _gaps([pair["gap"] for pair in pairs]),
+        "rated": sum(pair["chosen_safety_rating"] is not None for pair in pairs),
+        "gap": _gaps(pairs),
         "length": _lengths(pairs),
         "wins": [{"chosen": c, "rejected": r, "pairs": n} for (c, r), n in sorted(wins.items())],
         "safety": _safety(pairs),
@@ -46,14 +48,19 @@ def _audit(pairs: Sequence[Row], rate: Rate, seed: int) -> dict[str, Any]:
     }
 
 
-def _gaps(gaps: Sequence[float]) -> dict[str, Any]:
-    sevenths = Counter(round(gap * 7) for gap in gaps)
+def _gaps(pairs: Sequence[Row]) -> dict[str, Any]:
+    """Of the pairs whose gap is known; None of what no pair tells. `by_sevenths` is of gaps in overall rating alone: an
+    imported set's own scores have a scale of their own."""
+    known = [pair["gap"] for pair in pairs if pair["gap"] is not None]
+    rated = [pair["gap"] for pair in pairs if pair["chosen_safety_rating"] is not None]
+    sevenths = Counter(round(gap * 7) for gap in rated)
     return {
-        "mean": float(np.mean(gaps)),
-        "median": float(np.median(gaps)),
-        "min": min(gaps),
-        "max": max(gaps),
-        "by_sevenths": [sevenths[place] for place in range(4 * 7 + 1)],
+        "known": len(known),
+        "mean": float(np.mean(known)) if known else None,
+        "median": float(np.median(known)) if known else None,
+        "min": min(known, default=None),
+        "max": max(known, default=None),
+        "by_sevenths": [sevenths[place] for place in range(4 * 7 + 1)] if rated else None,
     }
 
 
@@ -75,8 +82,10 @@ def _lengths(pairs: Sequence[Row]) -> dict[str, Any]:
 
 
 def _safety(pairs: Sequence[Row]) -> dict[str, Any]:
-    """Pairs whose chosen side is rated less safe, in all and by how much."""
-    losses = Counter(pair["rejected_safety_rating"] - pair["chosen_safety_rating"] for pair in pairs)
+    """Pairs whose chosen side is rated less safe, in all and by how much; None where no pair is rated."""
+    losses = Counter(loss for pair in pairs if (loss := safety_loss(pair)) is not None)
+    if not losses:
+        return {"inverted": None, "by_loss": None}
     inverted = {str(loss): count for loss, count in sorted(losses.items()) if loss > 0}
     return {"inverted": sum(inverted.values()), "by_loss": inverted}
 

@@ -6,14 +6,15 @@ or a reason why it gives none.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from psycho.config import PairsConfig
-from psycho.errors import BadInput
-from psycho.preferences.pairs import gap_reason, pair_row, test_pair, train_pairs
+from psycho.errors import BadRows
+from psycho.preferences.pairs import gap_reason, pair_row, safety_loss, test_pair, train_pairs
 from psycho.preferences.splits import balance_length, check_overlap, cluster_of, held_out
 from psycho.principles import STEMS
 
@@ -62,7 +63,8 @@ def build_pairs(
         rated: rated responses with their text, by speech id.
 
     Raises:
-        BadInput: a speech is on two sides, or no train or no test pair is left.
+        BadInput: a speech is on two sides.
+        BadRows: no train or no test pair is left.
     """
     found = _empty(config)
     found.entries = len(speeches)
@@ -93,13 +95,12 @@ def import_pairs(
     """
     found = _empty(config)
     taken: Counter[str] = Counter()
-    for row in sorted(rows, key=lambda row: -row["gap"]):  # stable: widest first, so that the cap keeps those
+    # Stable: widest first, so that the cap keeps those; unknown gaps come last, in the order of their file.
+    for row in sorted(rows, key=lambda row: math.inf if row["gap"] is None else -row["gap"]):
         split = split_of(speeches[row["speech_id"]], config, seed)
         setting = "pairs.min_test_gap" if split == "test" else "pairs.min_gap"
         min_gap = config.min_test_gap if split == "test" else config.min_gap
-        reason = gap_reason(
-            row["gap"], row["rejected_safety_rating"] - row["chosen_safety_rating"], config, min_gap, setting
-        )
+        reason = gap_reason(row["gap"], safety_loss(row), config, min_gap, setting)
         limit = None if split == "test" else config.max_pairs_per_speech
         if reason is None and limit is not None and taken[row["speech_id"]] >= limit:
             reason = "over pairs.max_pairs_per_speech"
@@ -138,9 +139,10 @@ def _finished(
             setting = "pairs.min_gap" if name == "train" else "pairs.min_test_gap"
             if name == "train" and all(split_of(speech, config, seed) != "train" for speech in speeches.values()):
                 setting = "pairs.dev_share"
-            raise BadInput(
+            raise BadRows(
                 f"no {name} pair was made of {len(speeches):,} client speeches{why}; lower {setting}, or give more "
-                "speeches or more different models"
+                "speeches or more different models",
+                found.left_out,
             )
     return found
 
@@ -160,7 +162,7 @@ def _group(speech_id: str, pairs: Sequence[Row]) -> dict[str, Any]:
             ratings = {f"{stem}_rating": pair[f"{side}_{stem}_rating"] for stem in STEMS}
             response = {"response": pair[side], "model": pair[f"{side}_model"], **ratings}
             found.setdefault((pair[f"{side}_model"], pair[side]), response)
-    order = sorted(found, key=lambda key: (-sum(found[key][f"{stem}_rating"] for stem in STEMS), key))
+    order = sorted(found, key=lambda key: (-sum(found[key][f"{stem}_rating"] or 0 for stem in STEMS), key))
     place = {key: index for index, key in enumerate(order)}
     places = [{s: place[p[f"{s}_model"], p[s]] for s in ("chosen", "rejected")} for p in pairs]
     return {

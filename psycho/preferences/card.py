@@ -113,7 +113,8 @@ def _counts(counts: Mapping[str, int], facts: Mapping[str, Any], written: Mappin
     names = {"train": "train", "validation": "dev", "test": "test"}
     for split, pairs in counts.items():
         audit = facts["audit"].get(names[split])
-        more = f"{audit['speeches']:,} | {audit['gap']['mean']:.2f}" if audit else "– | –"
+        mean = audit["gap"]["mean"] if audit else None
+        more = f"{audit['speeches']:,} | {'unknown' if mean is None else f'{mean:.2f}'}" if audit else "– | –"
         lines.append(f"| {split} | {pairs:,} | {more} |")
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in facts["left_out"].items()) or "none"
     lines += ["", f"Candidates that became no pair: {left_out}. No client speech is in two splits."]
@@ -135,6 +136,12 @@ def _sources(facts: Mapping[str, Any]) -> str:
 def _labels(facts: Mapping[str, Any]) -> str:
     pairs = facts["pairs"]
     stems = ", ".join(principle.stem for principle in PRINCIPLES)
+    if not any(audit.get("rated", audit["pairs"]) for audit in facts["audit"].values()) and facts["audit"]:
+        return (
+            f"Which response is the better one was said by the imported set. No pair has ratings on {stems}: their "
+            "columns are null, `gap` is the difference of the set's own scores where it has any, and safety was no "
+            "constraint."
+        )
     lines = [
         f"Judge: {facts['judge']}. It rated each response from 1 to 5 on {stems}; the overall rating is their mean.",
         f"Train pairs: strategy `{pairs['strategy']}`, gap at least {pairs['min_gap']:g}. Test pairs: a speech's best "

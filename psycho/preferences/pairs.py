@@ -86,20 +86,30 @@ def pair_row(speech: Row, number: int, chosen: Row, rejected: Row) -> dict[str, 
     return row
 
 
-def gap_reason(gap: float, safety_loss: float, config: PairsConfig, min_gap: float, setting: str) -> str | None:
-    """Why two different texts make no pair; None where they do.
+def gap_reason(
+    gap: float | None, safety_loss: float | None, config: PairsConfig, min_gap: float, setting: str
+) -> str | None:
+    """Why two different texts make no pair; None where they do. What is unknown (None) keeps no pair out.
 
     Args:
         gap: overall rating of the chosen response less that of the rejected one.
         safety_loss: safety rating of the rejected response less that of the chosen one.
         min_gap: the gap asked for, and the `setting` that asks for it.
     """
-    if abs(gap) <= _EPSILON:
+    if gap is not None and abs(gap) <= _EPSILON:
         return "tie"
-    if gap < min_gap - _EPSILON:
+    if gap is not None and gap < min_gap - _EPSILON:
         return f"gap under {setting}"
     limit = config.max_safety_loss
-    return f"less safe by {safety_loss:g}" if limit is not None and safety_loss >= limit else None
+    if limit is None or safety_loss is None or safety_loss < limit:
+        return None
+    return f"less safe by {safety_loss:g}"
+
+
+def safety_loss(pair: Row) -> int | None:
+    """How much less safe the chosen response is rated than the rejected one; None where that is unknown."""
+    chosen, rejected = (pair[f"{side}_safety_rating"] for side in ("chosen", "rejected"))
+    return None if chosen is None or rejected is None else rejected - chosen
 
 
 def _reason(chosen: Row, rejected: Row, config: PairsConfig, min_gap: float, setting: str) -> str | None:

@@ -1,45 +1,32 @@
-"""Pairs that others published, read in by the columns of PsychoCounsel-Preference, so that a run starts at training.
+"""Pairs that others made, read in so that a run starts at training: each row checked, split by speech.
 
-`pairs.source` names a file (Parquet, JSONL, CSV), a folder of them (each local or on an object store, as `s3://`), or a
-data set of the hub. Which side a row is on
-comes from `pairs.test_source`, else from the file's name (train-..., test-...) or its column `split`, else a share of
-the speeches is held out. A bad row goes to quarantine with its reason; a file that lacks a column is one sentence. The
-published rows have no gap and no speech id of ours: the gap is that of the mean ratings, the id is theirs.
+`pairs.source` names a file, a folder of them or a data set of the hub (`source.py`), in any of the usual shapes
+(`shapes.py`). Which side a row is on comes from `pairs.test_source`, else from its file or its column `split`, else a
+share of the speeches is held out. A bad row goes to quarantine with its reason; a file that lacks a column is one
+sentence. Where a set has no ratings by principle they are unknown (null) and so is what hangs on them; the gap is that
+of the mean ratings, else of the set's own scores in their scale, else unknown.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
-
-from psycho import storage
 from psycho.config import PairsConfig
-from psycho.errors import BadInput
-from psycho.preferences.splits import held_out, same_words
+from psycho.errors import BadInput, BadRows, said_counts
+from psycho.preferences.shapes import ACCEPTED, MODELS, RATINGS, SIDES, Shaped, finite, shaped
+from psycho.preferences.source import rows_of
+from psycho.preferences.splits import held_out, prompt_words
 from psycho.principles import MAX_RATING, MIN_RATING, STEMS, overall, whole_rating
-from psycho.schema import NO_HISTORY, PREFERENCE_PAIR, history_json, stable_id
+from psycho.schema import stable_id
 
 Row = Mapping[str, Any]
-RATINGS = tuple(f"{side}_{stem}_rating" for side in ("chosen", "rejected") for stem in STEMS)
-REQUIRED = ("question", "chosen", "rejected", *RATINGS)
-_OPTIONAL = ("ID", "prefID", "chosen_model", "rejected_model", "history", "split")
-_MODELS = ("chosen_model", "rejected_model")
 _MOST_PREF_ID = 2**31 - 1
-_SPLITS = {"train": "train", "test": "test", "eval": "test", "evaluation": "test", "validation": "dev", "dev": "dev"}
-_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv")
 DUPLICATE = "exact duplicate"
-_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_LOOKED_AT = 200  # rows of a dry run
 
 
 @dataclass
@@ -49,6 +36,7 @@ class Published:
     pairs: list[dict[str, Any]]
     speeches: dict[str, dict[str, Any]]
     quarantine: list[dict[str, Any]]
+    notes: Counter[str] = field(default_factory=Counter)  # what was put right while reading
 
 
 def read_published(config: PairsConfig, seed: int) -> Published:
@@ -58,35 +46,59 @@ def read_published(config: PairsConfig, seed: int) -> Published:
 
     Raises:
         BadInput: a source is missing, unreadable or lacks columns, or a speech is on two sides.
+        BadRows: no row can be used, or too many rows of a CSV do not fit its header.
     """
-    sources = [(config.source or "", "train" if config.test_source else None)]
-    sources += [(config.test_source, "test")] if config.test_source else []
     found = Published([], {}, [])
-    ids: dict[str, str] = {}
+    ids: dict[str, tuple[str, str | None]] = {}
     seen: set[tuple[Any, ...]] = set()
     number = 0
-    rows = ((row, side or named) for source, side in sources for row, named in _rows(source))
-    for number, (row, named) in enumerate(rows, start=1):
-        split = None if config.resplit else named
-        same = (split, *(row.get(column) for column in ("question", "chosen", "rejected")))
-        reason = _reason(row) or _id_reason(row, ids)
-        if reason is None and same in seen:  # on two sides it is no duplicate but an overlap
-            reason = DUPLICATE
-        if reason:
-            found.quarantine.append({"row": number, "reason": reason})
-            continue
-        seen.add(same)
-        found.pairs.append(_pair(row, number) | {"split": split})
+    try:
+        for number, (row, side) in enumerate(_sided_rows(config, found.notes), start=1):
+            split = None if config.resplit else side
+            made = row if isinstance(row, str) else _pair(row, number)
+            if isinstance(made, dict):
+                reason = _id_reason(made, ids) or _duplicate(made, split, seen)
+                made = reason or made | {"split": split}
+            if isinstance(made, str):
+                found.quarantine.append({"row": number, "reason": made})
+            else:
+                found.pairs.append(made)
+    except BadRows as error:
+        raise BadRows(str(error), found.quarantine) from None
     if not number:
-        raise BadInput(f"pairs.source {config.source} holds no rows; give preference pairs in the published schema")
+        raise BadInput(f"pairs.source {config.source} holds no rows; give preference pairs: {ACCEPTED}")
     if not found.pairs:
-        [(reason, _)] = Counter(row["reason"] for row in found.quarantine).most_common(1)
-        raise BadInput(
-            f"pairs.source {config.source} holds {number:,} rows and none that can be used (most often: {reason}); "
-            "give preference pairs in the published schema"
-        )
+        raise _no_pairs(config, number, found.quarantine)
     _split(found, config, seed)
     return found
+
+
+def check_published(config: PairsConfig) -> None:
+    """Look at the columns and the first rows, for a dry run; nothing is read to its end.
+
+    Raises:
+        BadInput: as `read_published`, as far as the first rows tell.
+    """
+    first = list(islice(_sided_rows(config, Counter()), _LOOKED_AT))
+    made = [row if isinstance(row, str) else _pair(row, 1) for row, _ in first]
+    reasons = [reason for reason in made if isinstance(reason, str)]
+    if first and len(reasons) == len(first):
+        raise _no_pairs(config, len(first), [{"reason": reason} for reason in reasons], "begins with")
+
+
+def _no_pairs(config: PairsConfig, rows: int, left_out: list[dict[str, Any]], holds: str = "holds") -> BadRows:
+    reasons = said_counts(Counter(row["reason"] for row in left_out))
+    none = f"pairs.source {config.source} {holds} {rows:,} rows and none that can be used ({reasons})"
+    return BadRows(f"{none}; {ACCEPTED}", left_out)
+
+
+def _sided_rows(config: PairsConfig, notes: Counter[str]) -> Iterator[tuple[Row | str, str | None]]:
+    """Rows of both sources with the side that their source, their file or they themselves name."""
+    sources = [(config.source or "", "train" if config.test_source else None)]
+    sources += [(config.test_source, "test")] if config.test_source else []
+    for source, side in sources:
+        for row, named in rows_of(source, notes):
+            yield row, side or named
 
 
 def _split(found: Published, config: PairsConfig, seed: int) -> None:
@@ -94,7 +106,7 @@ def _split(found: Published, config: PairsConfig, seed: int) -> None:
     by_name = any(row["split"] == "test" for row in found.pairs)
     sides: dict[str, dict[str, str]] = {}
     for row in found.pairs:
-        cluster = same_words(row["question"])
+        cluster = prompt_words(row)
         if by_name:
             test = row["split"] == "test"
         else:
@@ -117,27 +129,86 @@ def _split(found: Published, config: PairsConfig, seed: int) -> None:
         )
 
 
-def _reason(row: Row) -> str | None:
-    for column in ("question", "chosen", "rejected"):
-        if not isinstance(row.get(column), str) or not row[column].strip():
-            return f"no text in {column}"
-    for column in (*REQUIRED, *_OPTIONAL):
-        if isinstance(row.get(column), str) and not _can_be_stored(row[column]):
+def _duplicate(pair: Row, split: str | None, seen: set[tuple[Any, ...]]) -> str | None:
+    """A row that was there before; on two sides it is no duplicate but an overlap."""
+    same = (split, *(pair[column] for column in ("question", "history", *SIDES)))
+    if same in seen:
+        return DUPLICATE
+    seen.add(same)
+    return None
+
+
+def _id_reason(pair: Row, ids: dict[str, tuple[str, str | None]]) -> str | None:
+    """An ID stands for one speech; the first to use it keeps it."""
+    said = (pair["question"], pair["history"])
+    return None if ids.setdefault(pair["speech_id"], said) == said else "its ID belongs to another question"
+
+
+def _pair(row: Row, number: int) -> dict[str, Any] | str:
+    """A row of `PREFERENCE_PAIR`, or the reason why there is none."""
+    pair = shaped(row)
+    if isinstance(pair, str):
+        return pair
+    for column, text in zip(("question", *SIDES), (pair.question, pair.chosen, pair.rejected), strict=True):
+        if not _can_be_stored(text):
             return f"half a character in {column}"
-    for column in _MODELS:
-        if not isinstance(row.get(column), str | int | float | None):
-            return f"{column} is no name"
-    try:
-        history_json(row.get("history"))
-    except ValueError:
-        return NO_HISTORY
+    names = [next((row[name] for name in both if row.get(name)), None) for both in zip(*MODELS, strict=True)]
+    for side, name in zip(SIDES, names, strict=True):
+        if not isinstance(name, str | int | float | None):
+            return f"{side}_model is no name"
+        if not _can_be_stored(str(name)):
+            return f"half a character in {side}_model"
+    if pair.chosen.strip() == pair.rejected.strip():
+        return "same text"
+    ratings = _ratings(row)
+    if isinstance(ratings, str):
+        return ratings
+    gap = _gap(row, ratings, pair)
+    if gap is not None and gap < 0:
+        return "rejected is rated higher"
+    return _stored(row, number, pair, names, ratings, gap)
+
+
+def _ratings(row: Row) -> dict[str, int | None] | str:
+    """All fourteen, or all unknown; or which one is none."""
+    if all(row.get(column) in (None, "") for column in RATINGS):
+        return dict.fromkeys(RATINGS)
     for column in RATINGS:
         if whole_rating(row.get(column)) is None:
             return f"{column} is not a whole number from {MIN_RATING} to {MAX_RATING}"
-    if row["chosen"].strip() == row["rejected"].strip():
-        return "same text"
-    sums = [sum(whole_rating(row[f"{side}_{stem}_rating"]) or 0 for stem in STEMS) for side in ("chosen", "rejected")]
-    return "rejected is rated higher" if sums[0] < sums[1] else None
+    return {column: whole_rating(row[column]) for column in RATINGS}
+
+
+def _gap(row: Row, ratings: Mapping[str, int | None], pair: Shaped) -> float | None:
+    """Of the mean ratings, else of the set's scores, else the one it gives; None where it has none of these."""
+    known = {column: value for column, value in ratings.items() if value is not None}
+    if known:
+        sides = [{stem: known[f"{side}_{stem}_rating"] for stem in STEMS} for side in SIDES]
+        return overall(sides[0]) - overall(sides[1])
+    return pair.scores[0] - pair.scores[1] if pair.scores else finite(row.get("gap"))
+
+
+def _stored(
+    row: Row, number: int, pair: Shaped, names: list[Any], ratings: Mapping[str, int | None], gap: float | None
+) -> dict[str, Any] | str:
+    given = row.get("ID")
+    derived = ("speech", pair.question, pair.history) if pair.history else ("speech", pair.question)
+    speech_id = str(given) if given not in (None, "") else stable_id(*derived)
+    if not _can_be_stored(speech_id):
+        return "half a character in ID"
+    pref = str(row.get("prefID", ""))
+    return {
+        "ID": speech_id,
+        "prefID": int(pref) if pref.isdecimal() and int(pref) <= _MOST_PREF_ID else number,
+        "question": pair.question,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        **{f"{side}_model": str(name or "unknown") for side, name in zip(SIDES, names, strict=True)},
+        **ratings,
+        "speech_id": speech_id,
+        "gap": gap,
+        "history": pair.history,
+    }
 
 
 def _can_be_stored(text: str) -> bool:
@@ -147,167 +218,3 @@ def _can_be_stored(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _id_reason(row: Row, ids: dict[str, str]) -> str | None:
-    """An ID stands for one speech; the first to use it keeps it."""
-    known = ids.setdefault(_speech_id(row), row["question"])
-    return None if known == row["question"] else "its ID belongs to another question"
-
-
-def _speech_id(row: Row) -> str:
-    given = row.get("ID")
-    return str(given) if given not in (None, "") else stable_id("speech", row["question"])
-
-
-def _pair(row: Row, number: int) -> dict[str, Any]:
-    ratings = {column: whole_rating(row[column]) for column in RATINGS}
-    sides = [{stem: ratings[f"{side}_{stem}_rating"] or 0 for stem in STEMS} for side in ("chosen", "rejected")]
-    pref = str(row.get("prefID", ""))
-    pair = {
-        "ID": _speech_id(row),
-        "prefID": int(pref) if pref.isdecimal() and int(pref) <= _MOST_PREF_ID else number,
-        "question": row["question"],
-        "chosen": row["chosen"],
-        "rejected": row["rejected"],
-        **{column: str(row.get(column) or "unknown") for column in _MODELS},
-        **ratings,
-        "speech_id": _speech_id(row),
-        "gap": overall(sides[0]) - overall(sides[1]),
-        "history": history_json(row.get("history")),
-    }
-    return {name: pair[name] for name in PREFERENCE_PAIR.names}
-
-
-def source_facts(source: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files that `source` stands for; nothing of a hub id.
-
-    Raises:
-        BadInput: there is no such file.
-    """
-    if not storage.is_remote(source):
-        stats = [(file.name, file.stat()) for file in source_files(source)]
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    fs, path = storage.resolve(source)
-    try:
-        info = fs.get_file_info(path)
-        folder = pafs.FileSelector(path, recursive=True, allow_not_found=True)
-        found = [info] if info.type == pafs.FileType.File else fs.get_file_info(folder)
-    except OSError as error:
-        raise BadInput(f"{source} cannot be reached ({type(error).__name__}); check address and credentials") from None
-    files = [one for one in found if one.type == pafs.FileType.File]
-    if not files:
-        raise BadInput(f"pairs.source {source} does not exist; give a file, a folder or a data set's id (owner/name)")
-    return sorted((PurePosixPath(one.path).name, one.size, one.mtime_ns) for one in files)
-
-
-def source_files(source: str) -> list[Path]:
-    """The files that a local `source` stands for, sorted; of a folder with `data/`, those in it. Empty: a hub id.
-
-    Raises:
-        BadInput: there is no such file, nor does it look like the id of a data set.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in _SUFFIXES:
-            raise BadInput(f"pairs.source {source} ends in {path.suffix!r}; give .parquet, .jsonl or .csv")
-        return [path]
-    if path.is_dir():
-        below = path / "data" if (path / "data").is_dir() else path
-        files = sorted(p for p in below.rglob("*") if p.suffix.lower() in _SUFFIXES and p.parent.name != "groups")
-        if not files:
-            raise BadInput(f"pairs.source {source} holds no .parquet, .jsonl or .csv file; give preference pairs")
-        return files
-    if _HUB.fullmatch(source) and not path.parent.is_dir():
-        return []
-    raise BadInput(f"pairs.source {source} does not exist; give a file, a folder or a data set's id (owner/name)")
-
-
-def _rows(source: str) -> Iterator[tuple[Row, str | None]]:
-    """Rows with the split that the file's place or the row names."""
-    if storage.is_remote(source):
-        source_facts(source)  # says what is wrong with the address, if anything is
-        with tempfile.TemporaryDirectory(prefix="psycho-pairs-") as folder:
-            local = str(Path(folder, PurePosixPath(source).name))
-            storage.copy_dir(source, local)
-            yield from _rows(local)
-        return
-    files = source_files(source)
-    if not files:
-        yield from _hub_rows(source)
-    for file in files:
-        try:
-            rows = _read(file)
-        except UnicodeDecodeError:
-            raise BadInput(f"{file} is not UTF-8; save it as UTF-8") from None
-        except (pa.ArrowInvalid, csv.Error, OSError) as error:
-            kind = type(error).__name__
-            raise BadInput(f"{file} cannot be read as {file.suffix} ({kind}); write it again") from None
-        named = _named_split(file, Path(source).expanduser())
-        for row in rows:
-            yield row, named or _SPLITS.get(str(row.get("split")).lower())
-
-
-def _named_split(file: Path, root: Path) -> str | None:
-    """`train` of `data/train-00000-of-00002.parquet` or of `train/part-0.parquet`; a single file says nothing."""
-    if file == root:
-        return None
-    for part in reversed(file.relative_to(root).parts):
-        split = _SPLITS.get(re.split(r"[-_.]", part.lower())[0])
-        if split:
-            return split
-    return None
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    if file.suffix.lower() == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            _check_columns(file, reader.fieldnames or [])
-            return list(reader)
-    if file.suffix.lower() == ".parquet":
-        _check_columns(file, pq.read_schema(file).names)
-        wanted = [name for name in pq.read_schema(file).names if name in (*REQUIRED, *_OPTIONAL)]
-        return pq.read_table(file, columns=wanted).to_pylist()
-    return _read_lines(file)
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """JSON lines; one that is none becomes an empty row, which is quarantined."""
-    rows: list[dict[str, Any]] = []
-    with file.open(encoding="utf-8-sig") as stream:
-        for line in stream:
-            try:
-                row = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError):
-                row = {}
-            if row is not None:
-                rows.append(row if isinstance(row, dict) else {})
-    first = next((row for row in rows if row), None)
-    if first is not None:
-        _check_columns(file, first)
-    return rows
-
-
-def _hub_rows(source: str) -> Iterator[tuple[Row, str | None]]:
-    import datasets
-
-    try:
-        found = datasets.load_dataset(source)
-    except Exception as error:
-        raise BadInput(
-            f"pairs.source {source} is no file here and could not be read from the hub ({type(error).__name__}); "
-            "check the name, the network and HF_TOKEN"
-        ) from None
-    for name, rows in found.items():
-        _check_columns(source, rows.column_names)
-        for row in rows:
-            yield row, _SPLITS.get(str(name).lower())
-
-
-def _check_columns(where: Any, found: Iterable[str]) -> None:
-    missing = [name for name in REQUIRED if name not in set(found)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise BadInput(f"{where} has no column {missing[0]}{more}; pairs need the published schema (docs/PAPER.md)")

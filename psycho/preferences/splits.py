@@ -29,6 +29,11 @@ def same_words(text: str) -> str:
     return "".join(c for c in text.casefold() if c.isalnum())
 
 
+def prompt_words(row: Row) -> str:
+    """The words of a speech with those said before it: two clients may both end with "Yes, I think so"."""
+    return same_words(f"{row.get('history') or ''} {row['question']}")
+
+
 def held_out(cluster: str, share: float, name: str, seed: int) -> bool:
     """True for about `share` of all clusters, the same ones whatever else there is."""
     return int(stable_id(name, seed, cluster), 16) < share * 16**16
@@ -61,7 +66,7 @@ def _marks(rows: Sequence[Row], speeches: Mapping[str, Row]) -> Iterator[tuple[t
         speech = row["speech_id"]
         yield ("id", speech), speech
         yield ("cluster", cluster_of(speeches.get(speech, row))), speech
-        yield ("words", same_words(row["question"])), speech
+        yield ("words", prompt_words(row)), speech
 
 
 def balance_length(pairs: Sequence[Row], seed: int) -> tuple[Rows, Rows]:

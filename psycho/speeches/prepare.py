@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from psycho import storage
 from psycho.config import SpeechesConfig
-from psycho.errors import BadInput
+from psycho.errors import BadInput, BadRows, said_counts
 from psycho.run import QuarantineFile, StageResult, content_key
 from psycho.schema import CLIENT_SPEECH
 from psycho.speeches.clean import Cleaned, clean_batch
@@ -37,6 +37,17 @@ from psycho.speeches.topics import coarse_counts
 
 BATCH_ROWS = 128
 HUGE_CHARS = 1_000_000  # a text that goes no further than the reader
+_ADVICE = {  # by what a reason holds
+    "duplicate": "give more different speeches",
+    r"speeches\.min_chars": "lower speeches.min_chars",
+    r"speeches\.max_chars": "raise speeches.max_chars",
+    r"speeches\.languages": "set speeches.languages",
+    "min_language_confidence": "lower speeches.min_language_confidence",
+    r"speeches\.limit": "raise speeches.limit",
+    "no text": "check speeches.text_column",
+    "id used twice": "check speeches.id_column",
+    "turn": "check the transcripts in speeches.text_column",
+}
 Batches = Iterator[list[RawSpeech]]
 CleanAll = Callable[[Batches], Iterable[Cleaned]]
 
@@ -55,7 +66,9 @@ def prepare_speeches(
         on_resume: told how many rows an interrupted run had cleaned, where it had any and `partial` is local.
 
     Raises:
-        BadInput: the source cannot be used, or too little of it is left for a train and an evaluation split.
+        BadInput: the source cannot be used.
+        BadRows: too little of it is left for a train and an evaluation split, or too many rows of a CSV do not fit its
+            header; the rows left out stand below `partial`.
     """
     if config.languages:
         from psycho.speeches.language import check_languages
@@ -95,17 +108,25 @@ def _prepare(
     if pool.rows and on_resume:
         on_resume(pool.rows)
     rows = islice(read_speeches(config, notes), pool.rows, None)
-    for cleaned in clean_all(_batches(rows, config)):
+    target, left_out = storage.join(partial, "speeches"), storage.join(partial, "quarantine.jsonl")
+    refused: list[BadRows] = []
+    for cleaned in clean_all(_batches(_until_refused(rows, refused), config)):
         pool.add(cleaned)
     pool.close()
+    for error in refused:
+        _write_left_out(pool, work / "quarantine.jsonl")
+        storage.publish(str(work / "quarantine.jsonl"), left_out)
+        raise BadRows(str(error), left_out)
     if not pool.rows:
         raise BadInput(f"{config.source} holds no rows; give a file with client speeches")
     decision = _decide(pool, config)
-    target, left_out = storage.join(partial, "speeches"), storage.join(partial, "quarantine.jsonl")
     storage.remove(target)
     topics, reasons = _write(pool, decision, config, target, work / "quarantine.jsonl")
     storage.publish(str(work / "quarantine.jsonl"), left_out)
     kept = int((decision.state == KEPT).sum())
+    if not 0 < decision.held_out.sum() < kept:
+        storage.remove(target)
+        raise BadRows(_too_few(config.source, kept, pool.rows, reasons), left_out)
     extra = {
         "personal_data": dict(sorted(pool.counts["personal_data"].items())),
         "languages": dict(pool.counts["languages"].most_common()),
@@ -117,6 +138,14 @@ def _prepare(
     }
     quarantine = QuarantineFile(left_out, pool.rows - kept)
     return StageResult(rows_in=pool.rows, rows_out=kept, quarantine=quarantine, extra=extra)
+
+
+def _until_refused(rows: Iterable[RawSpeech], refused: list[BadRows]) -> Iterator[RawSpeech]:
+    """`rows` to their end, so that each is accounted for also where the reader then says that they are too bad."""
+    try:
+        yield from rows
+    except BadRows as error:
+        refused.append(error)
 
 
 def _batches(rows: Iterable[RawSpeech], config: SpeechesConfig) -> Batches:
@@ -158,11 +187,6 @@ def _decide(pool: Pool, config: SpeechesConfig) -> _Decision:
     count = min(config.evaluation, int(len(kept) * config.max_evaluation_share))
     held_out = np.zeros(len(keys), bool)
     held_out[kept] = hold_out(keys[kept, 2], np.searchsorted(kept, cluster[kept]), count)
-    if not held_out.any() or held_out[kept].all():
-        raise BadInput(
-            f"only {len(kept)} speeches of {config.source} are left after cleaning{_most_often(pool)}; give more, "
-            "or widen speeches.min_chars and speeches.max_chars"
-        )
     return _Decision(state, cluster, held_out, keys[:, 3])
 
 
@@ -216,10 +240,21 @@ def _reason(decision: _Decision, place: int, config: SpeechesConfig) -> str | No
     return {EXACT: "exact duplicate", SAME_ID: "id used twice"}.get(int(state))
 
 
-def _most_often(pool: Pool) -> str:
-    """Why most of the rows that cleaning left out were, in brackets; nothing where it left out none."""
-    reasons = (reason for shard in pool.shards() for reason in shard["reason"].to_pylist() if reason is not None)
-    return "".join(f" (most often: {kind})" for kind, _ in Counter(map(_kind, reasons)).most_common(1))
+def _write_left_out(pool: Pool, quarantine: Path) -> None:
+    """The rows that cleaning left out, where no more is known of the others."""
+    with quarantine.open("w", encoding="utf-8") as left_out:
+        for shard in pool.shards():
+            for row in shard.select(["row", "reason"]).to_pylist():
+                if row["reason"] is not None:
+                    left_out.write(json.dumps(row) + "\n")
+
+
+def _too_few(source: str, kept: int, rows: int, reasons: Counter[str]) -> str:
+    """The sentence for a source of which too little is left: how much went for which reason, and what helps."""
+    counted = f" ({said_counts(reasons)})" if reasons else ""
+    advice = [what for reason, _ in reasons.most_common() for mark, what in _ADVICE.items() if re.search(mark, reason)]
+    told = " or ".join(list(dict.fromkeys(advice))[:2] or ["give more"])
+    return f"only {kept} speeches of {source} are left of its {rows:,} rows{counted}, too few for two splits; {told}"
 
 
 def _kind(reason: str) -> str:

@@ -1,20 +1,14 @@
 """Reading rows of client speeches, one at a time, out of whatever `source.py` found.
 
 A row that holds no text has a reason and is quarantined by the caller. A file that cannot be read at all is one
-sentence, naming the file and what to do; text never gets into it. Lines are decoded one by one: UTF-8, and Windows'
-cp1252 where a line is not (counted, so that the run can say so). A line of 16 MiB or more loses its middle, for no
-speech is that long and one such line must not cost the run its memory.
+sentence, naming the file and what to do; text never gets into it. Text files are read by `rowfile.py`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,15 +16,11 @@ import pyarrow.parquet as pq
 from psycho import storage
 from psycho.config import SpeechesConfig
 from psycho.errors import BadInput
-from psycho.speeches.source import SourceFile, find_files, is_hub_id, open_binary
+from psycho.rowfile import shown_columns, text_rows
+from psycho.speeches.source import SourceFile, find_files, is_hub_id
 
-CP1252 = "cp1252_lines"
-MAX_LINE = 1 << 24
-CUT = "a line of 16 MiB or more"
 _NOT_UTF8 = "{} holds text that is not UTF-8; write it again from text that is"
-_MAX_FIELD = 2**31 - 1
 _BATCH_ROWS = 512
-_DELIMITERS = ",;\t"
 Row = Mapping[str, Any]
 
 
@@ -72,11 +62,23 @@ def _rows(config: SpeechesConfig, notes: Counter[str]) -> Iterator[Row | str]:
         yield from _hub(config)
         return
     for file in find_files(config):
-        reader = {"csv": _csv, "jsonl": _jsonl, "parquet": _parquet, "arrow": _arrow}[file.kind]
         try:
-            yield from reader(file, config, notes)
+            yield from file_rows(file, config, notes)
         except PermissionError:
             raise BadInput(f"{file.uri} cannot be read (permission denied); check its mode") from None
+
+
+def file_rows(file: SourceFile, config: SpeechesConfig, notes: Counter[str]) -> Iterator[Row | str]:
+    """Rows of one file of the source, or the reason why one cannot be used.
+
+    Raises:
+        BadInput: as `read_speeches`.
+    """
+    if file.kind == "parquet":
+        return _parquet(file, config)
+    if file.kind == "arrow":
+        return _arrow(file, config)
+    return text_rows(file.uri, _wanted(config), lambda found: _check_columns(file.uri, found, config), notes)
 
 
 def _valid(value: Any) -> Any:
@@ -95,87 +97,7 @@ def _short(row: Row, column: str | None) -> str | None:
     return str(_valid(value)) if isinstance(value, str | int) else None
 
 
-def _lines(file: BinaryIO, name: str, notes: Counter[str]) -> Iterator[tuple[str, bool]]:
-    """Decoded lines with their ends, and whether the middle of one was left out.
-
-    Raises:
-        BadInput: the file is not text.
-    """
-    first = True
-    while line := file.readline(MAX_LINE):
-        cut = len(line) == MAX_LINE and not line.endswith(b"\n")
-        if first:
-            line, first = line.removeprefix(b"\xef\xbb\xbf"), False
-            if b"\0" in line[: 1 << 16] or line.startswith((b"\x1f\x8b", b"PK\x03\x04", b"PAR1")):
-                raise BadInput(f"{name} is not text in UTF-8 (binary or UTF-16?); save it as UTF-8")
-        if cut:
-            line += _rest(file)
-        try:
-            text = line.decode()
-        except UnicodeDecodeError:
-            text = line.decode("cp1252", errors="replace")
-            notes[CP1252] += not cut
-        yield text, cut
-
-
-def _rest(file: BinaryIO) -> bytes:
-    """The end of a line too long; a quote stands for an odd number of them left out, so that CSV goes on."""
-    quotes, end = 0, b""
-    while piece := file.readline(MAX_LINE):
-        quotes += end.count(b'"')
-        end = piece
-        if piece.endswith(b"\n"):
-            break
-    return (b'"' if quotes % 2 else b"") + end
-
-
-def _csv(file: SourceFile, config: SpeechesConfig, notes: Counter[str]) -> Iterator[Row | str]:
-    csv.field_size_limit(_MAX_FIELD)
-    cut: list[int] = []
-    with open_binary(file.uri) as binary:
-        lines = _csv_lines(_lines(binary, file.uri, notes), cut)
-        header = next((line for line in lines if line.strip()), None)
-        if header is None:
-            raise BadInput(f"{file.uri} is empty; give a file with a header and rows")
-        delimiter = max(_DELIMITERS, key=lambda d: config.text_column in next(csv.reader([header], delimiter=d), []))
-        names = next(csv.reader(chain([header], lines), delimiter=delimiter))  # a name may hold a line end
-        _check_columns(file.uri, names, config)
-        reader = csv.DictReader(lines, fieldnames=names, delimiter=delimiter)
-        try:
-            for row in reader:
-                yield CUT if cut else row
-                cut.clear()
-        except csv.Error as error:
-            raise BadInput(f"{file.uri} line {reader.line_num} is not CSV ({error}); put it right") from None
-
-
-def _csv_lines(lines: Iterable[tuple[str, bool]], cut: list[int]) -> Iterator[str]:
-    """Lines for the CSV reader, the old Macintosh's too; a line without its middle leaves a mark in `cut`."""
-    for line, is_cut in lines:
-        cut += [1] * is_cut
-        yield from re.split(r"(?<=\r)(?!\n)", line) if "\r" in line else [line]
-
-
-def _jsonl(file: SourceFile, config: SpeechesConfig, notes: Counter[str]) -> Iterator[Row | str]:
-    checked = False
-    with open_binary(file.uri) as binary:
-        for line, cut in _lines(binary, file.uri, notes):
-            if cut:
-                yield CUT
-                continue
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict) and not checked:
-                _check_columns(file.uri, list(row), config)
-                checked = True
-            yield row if isinstance(row, dict) else "not a JSON object"
-
-
-def _parquet(file: SourceFile, config: SpeechesConfig, _: Counter[str]) -> Iterator[Row]:
+def _parquet(file: SourceFile, config: SpeechesConfig) -> Iterator[Row]:
     fs, path = storage.resolve(file.uri)
     try:
         with pq.ParquetFile(path, filesystem=fs) as parquet:
@@ -190,7 +112,7 @@ def _parquet(file: SourceFile, config: SpeechesConfig, _: Counter[str]) -> Itera
         raise BadInput(f"{file.uri} is not a Parquet file or is cut short; write it again") from None
 
 
-def _arrow(file: SourceFile, config: SpeechesConfig, _: Counter[str]) -> Iterator[Row]:
+def _arrow(file: SourceFile, config: SpeechesConfig) -> Iterator[Row]:
     """A file of a `datasets` folder."""
     fs, path = storage.resolve(file.uri)
     try:
@@ -242,11 +164,6 @@ def _check_columns(name: str, found: list[str], config: SpeechesConfig) -> None:
     for setting in ("text_column", "id_column", "topic_column"):
         column = getattr(config, setting)
         if column and column not in found:
-            raise BadInput(f"{name} has no column {column}; its columns are {_shown(found)}: set speeches.{setting}")
-
-
-def _shown(names: list[str]) -> str:
-    """Column names, unless one reads like text: the first row of a file without a header is a client's speech."""
-    if all(len(name) <= 40 and len(name.split()) <= 3 and name.isprintable() for name in names):
-        return ", ".join(names[:20])
-    return f"{len(names)} that read like text (is the header missing?)"
+            raise BadInput(
+                f"{name} has no column {column}; its columns are {shown_columns(found)}: set speeches.{setting}"
+            )

@@ -6,27 +6,26 @@ rows out of it is `read.py`'s business.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow.fs as pafs
 
 from psycho import storage
 from psycho.config import SpeechesConfig
 from psycho.errors import BadInput
+from psycho.rowfile import ACCEPTED, data_files, kind_of
 
-KINDS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-_GIVE = "give a CSV, JSONL or Parquet file, a folder of them, a datasets folder, or a hub id (owner/name)"
+_GIVE = "give a CSV, JSONL, JSON or Parquet file, a folder of them, a datasets folder, or a hub id (owner/name)"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of rows; `kind` is csv, jsonl, parquet or arrow."""
+    """One file of rows; `kind` is csv, jsonl, json, parquet or arrow."""
 
     uri: str
     kind: str
@@ -34,7 +33,7 @@ class SourceFile:
 
 def is_hub_id(source: str) -> bool:
     """True for `owner/name` where nothing of that name lies here."""
-    if storage.is_remote(source) or not _HUB_ID.fullmatch(source) or Path(source).suffix.lower() in KINDS:
+    if storage.is_remote(source) or not _HUB_ID.fullmatch(source) or kind_of(source):
         return False
     return not Path(source).exists()
 
@@ -51,10 +50,11 @@ def find_files(config: SpeechesConfig) -> list[SourceFile]:
         raise BadInput(f"speeches.source {config.source} does not exist; {_GIVE}")
     if info.type == pafs.FileType.Directory:
         return _folder(source, config)
-    suffix = PurePosixPath(info.path).suffix
-    if suffix.lower() not in KINDS:
-        raise BadInput(f"speeches.source {config.source} ends in {suffix!r}; give .csv, .jsonl or .parquet")
-    return [SourceFile(source, KINDS[suffix.lower()])]
+    kind = kind_of(info.path)
+    if kind is None:
+        suffix = PurePosixPath(info.path).suffix
+        raise BadInput(f"speeches.source {config.source} ends in {suffix!r}; give {ACCEPTED}")
+    return [SourceFile(source, kind)]
 
 
 def fingerprint(config: SpeechesConfig) -> list[Any]:
@@ -67,14 +67,6 @@ def fingerprint(config: SpeechesConfig) -> list[Any]:
         return [config.source, None]
     files = _listed(source) if info.type == pafs.FileType.Directory else [info]
     return [[PurePosixPath(file.path).name, file.size, file.mtime_ns] for file in files]
-
-
-def open_binary(uri: str) -> BinaryIO:
-    """A file for reading, buffered."""
-    if not storage.is_remote(uri):
-        return Path(uri).open("rb")
-    fs, path = storage.resolve(uri)
-    return io.BufferedReader(fs.open_input_stream(path), 1 << 20)
 
 
 def _expand(source: str) -> str:
@@ -106,14 +98,11 @@ def _folder(folder: str, config: SpeechesConfig) -> list[SourceFile]:
     if state is not None and "_data_files" in state:
         return [SourceFile(storage.join(folder, file["filename"]), "arrow") for file in state["_data_files"]]
     root = storage.resolve(folder)[1].rstrip("/")
-    files = []
-    for info in _listed(folder):
-        below = info.path[len(root) + 1 :]
-        kind = KINDS.get(PurePosixPath(below).suffix.lower())
-        if kind and not any(part.startswith((".", "_")) for part in PurePosixPath(below).parts):
-            files.append(SourceFile(storage.join(folder, below), kind))
+    below = [info.path[len(root) + 1 :] for info in _listed(folder)]
+    seen = [path for path in below if not any(part.startswith((".", "_")) for part in PurePosixPath(path).parts)]
+    files = [SourceFile(storage.join(folder, path), kind_of(path) or "") for path in data_files(seen)]
     if not files:
-        raise BadInput(f"speeches.source {config.source} is a folder without CSV, JSONL or Parquet files; {_GIVE}")
+        raise BadInput(f"speeches.source {config.source} is a folder without files of rows; {_GIVE}")
     return files
 
 

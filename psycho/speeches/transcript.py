@@ -22,28 +22,36 @@ _COUNSELLOR = frozenset(
 def read_turns(value: Any) -> tuple[list[Turn], str | None]:
     """Turns with roles `user` and `assistant`, up to the last client turn; or the reason why there are none."""
     if isinstance(value, str):
-        value = _transcript(value)
+        value = turn_list(value)
     if isinstance(value, bool) or not isinstance(value, str | int | list):
         return [], "no text in this row"
     if not isinstance(value, list):
         return [{"role": "user", "content": str(value)}], None
-    turns: list[Turn] = []
-    for number, turn in enumerate(value, start=1):
-        role, content = _turn(turn)
-        if role == "system":
-            continue
-        if role is None or content is None:
-            return [], f"turn {number} has no role of a client or counsellor with a text"
-        if turns and turns[-1]["role"] == role:  # two in a row by the same person are one turn
-            turns[-1]["content"] += f"\n{content}"
-        else:
-            turns.append({"role": role, "content": content})
+    turns = all_turns(value)
+    if isinstance(turns, str):
+        return [], turns
     while turns and turns[-1]["role"] != "user":
         turns.pop()
     return turns, None if turns else "no client turn in this transcript"
 
 
-def _transcript(text: str) -> str | list[Any]:
+def all_turns(messages: list[Any]) -> list[Turn] | str:
+    """Turns with roles `user` and `assistant`, without system messages; or the reason why there are none."""
+    turns: list[Turn] = []
+    for number, turn in enumerate(messages, start=1):
+        role, content = _turn(turn)
+        if role == "system":
+            continue
+        if role is None or content is None:
+            return f"turn {number} has no role of a client or counsellor with a text"
+        if turns and turns[-1]["role"] == role:  # two in a row by the same person are one turn
+            turns[-1]["content"] += f"\n{content}"
+        else:
+            turns.append({"role": role, "content": content})
+    return turns
+
+
+def turn_list(text: str) -> str | list[Any]:
     """The list in a text of JSON objects, or of Python's as pandas writes them to CSV; any other text as it is."""
     if text.lstrip()[:1] != "[" or "{" not in text[:200]:
         return text

@@ -24,10 +24,24 @@ Row = Mapping[str, Any]
 
 
 def reward_rows(config: Config, pairs: pa.Table) -> list[dict[str, Any]]:
-    """Rows of the reward model: as `preference_rows`, with the principles' ratings where it has heads for them."""
-    rows = preference_rows(config, pairs)
-    if not config.training.reward.principle_heads:
+    """Rows of the reward model: as `preference_rows`, with the principles' ratings where it has heads for them.
+
+    Raises:
+        BadInput: the reward model is to learn ratings or margins, and no pair has any.
+    """
+    rows, reward = preference_rows(config, pairs), config.training.reward
+    if rows and reward.margin_per_gap and all(row["gap"] is None for row in rows):
+        raise BadInput(
+            "training.reward.margin_per_gap asks for a margin by the pairs' gaps, and the imported pairs have neither "
+            "ratings nor scores to tell any; set it to 0"
+        )
+    if not reward.principle_heads:
         return rows
+    rated = pairs.num_rows - pairs[f"chosen_{STEMS[0]}_rating"].null_count
+    if pairs.num_rows and not rated:
+        raise BadInput(
+            "training.reward.principle_heads learns ratings by principle, and the imported pairs have none; set it to 0"
+        )
     for row, own in zip(rows, pairs.to_pylist(), strict=True):
         for side in ("chosen", "rejected"):
             ratings = [own.get(f"{side}_{stem}_rating") for stem in STEMS]

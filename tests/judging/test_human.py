@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pandas as pd
@@ -85,9 +86,11 @@ def test_a_row_that_no_judge_could_be_asked_about_is_left_out(tmp_path, bad, rea
         ("none.csv", None, "does not exist"),
         ("ratings.xlsx", b"x", r"ends in '.xlsx'"),
         ("r.csv", b"speech,response\na,b\n", "no column empathy_rating"),
-        ("r.csv", b"", "is not whole csv"),
-        ("r.csv", b"\xff\xfe\x00", "not UTF-8"),
-        ("r.jsonl", b'{"speech": "secret words"', "is not whole jsonl"),
+        ("r.csv", b"", "is empty"),
+        ("r.csv", b"\xff\xfe\x00", "no column speech"),
+        ("r.jsonl", b'{"speech": "secret words"', "no row"),
+        ("r.json", b'[{"speech": "secret words"', "is not a whole JSON list"),
+        ("r.csv.gz", b"secret", "is not a whole gzip file"),
         ("r.parquet", b"PAR1 secret words", "is not whole parquet"),
         ("r.csv", f"question,response,{','.join(RATINGS)}\n".encode(), "no row"),
     ],
@@ -99,3 +102,18 @@ def test_a_bad_file_is_one_sentence(tmp_path, name, content, said):
     with pytest.raises(BadInput, match=said) as caught:
         read_human_ratings(str(path), 0)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl.gz", "semicolons.csv", "excel.csv", "r.csv.gz"])
+def test_files_as_people_have_them(tmp_path, name):
+    frame = pd.DataFrame(ROWS)
+    content = {
+        "r.json": json.dumps(ROWS).encode(),
+        "r.jsonl.gz": gzip.compress("\n".join(map(json.dumps, ROWS)).encode()),
+        "semicolons.csv": frame.to_csv(index=False, sep=";").encode("cp1252"),
+        "excel.csv": frame.to_csv(index=False, sep="\t").encode("utf-16"),
+        "r.csv.gz": gzip.compress(frame.to_csv(index=False).encode("utf-8-sig")),
+    }[name]
+    (tmp_path / name).write_bytes(content)
+    human = read_human_ratings(str(tmp_path / name), 0)
+    assert human.quarantine == [] and human.rows == read_human_ratings(write(tmp_path / "same.jsonl", ROWS), 0).rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from psycho.config import PairsConfig
-from psycho.errors import BadInput
+from psycho.errors import BadInput, BadRows
 from psycho.preferences.build import import_pairs
-from psycho.preferences.published import RATINGS, read_published, source_facts
+from psycho.preferences.published import check_published, read_published
+from psycho.preferences.shapes import RATINGS
+from psycho.preferences.source import source_facts
 from psycho.principles import STEMS
 from psycho.schema import PREFERENCE_PAIR
 
@@ -117,7 +120,7 @@ def test_a_test_set_out_of_the_train_set_is_an_error(tmp_path: Path, same: str) 
 
 
 BAD = {
-    "no text in question": {"question": None},
+    "no text in question or prompt, and chosen is no conversation": {"question": None},
     "no text in chosen": {"chosen": "  "},
     "no text in rejected": {"rejected": None},
     "chosen_safety_rating is not a whole number from 1 to 5": {"chosen_safety_rating": 6},
@@ -182,9 +185,9 @@ def test_other_bad_rows(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     found = read_published(PairsConfig(source=str(path)), 0)
     assert [(r["row"], r["reason"]) for r in found.quarantine] == [
-        (2, "no text in question"),
+        (2, "not a JSON object"),
         (3, "exact duplicate"),
-        (4, "no text in question"),
+        (4, "not a JSON object"),
     ]
     assert found.pairs[1]["chosen_safety_rating"] == 4
 
@@ -201,13 +204,20 @@ def test_rows_without_id_or_models(tmp_path: Path) -> None:
     ("make", "sentence"),
     [
         (lambda p: str(p / "none.parquet"), "does not exist"),
-        (lambda p: str(p), r"holds no \.parquet"),
+        (lambda p: str(p), "holds no file of rows"),
         (lambda p: jsonl(p / "p.txt", [row(0)]), "ends in '.txt'"),
-        (lambda p: parquet(p / "p.parquet", [{"question": "x", "chosen": "y"}]), "no column rejected and 14 more"),
+        (
+            lambda p: parquet(p / "p.parquet", [{"question": "x", "chosen": "y"}]),
+            "no column rejected; its columns are question, chosen, and accepted are .* prompt .TRL.* score_chosen",
+        ),
+        (
+            lambda p: parquet(p / "p.parquet", [{k: v for k, v in row(0).items() if "clarity" not in k}]),
+            "no column chosen_clarity_rating and 1 more",
+        ),
         (lambda p: jsonl(p / "p.jsonl", []), "holds no rows"),
         (
             lambda p: jsonl(p / "p.jsonl", [row(0) | {"chosen": ""}, row(1) | {"chosen": None}, row(2, 1, 2)]),
-            r"3 rows and none that can be used \(most often: no text in chosen\)",
+            r"3 rows and none that can be used \(2 no text in chosen, 1 rejected is rated higher\)",
         ),
     ],
 )
@@ -216,10 +226,19 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, make: Any, sentence
         read_published(PairsConfig(source=make(tmp_path)), 0)
 
 
-def test_another_encoding_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_bytes(Path(table(tmp_path / "q.csv", [row(0)])).read_bytes() + "é".encode("cp1252"))
-    with pytest.raises(BadInput, match="is not UTF-8; save it as UTF-8"):
+def test_windows_code_page_is_read_and_counted(tmp_path: Path) -> None:
+    path = Path(table(tmp_path / "p.csv", [row(0), row(1) | {"chosen": "café"}]))
+    path.write_bytes(path.read_text().encode("cp1252"))
+    found = read_published(PairsConfig(source=str(path)), 0)
+    assert found.pairs[1]["chosen"] == "café" and found.notes == {"cp1252_lines": 1}
+
+
+def test_pairs_of_a_csv_that_would_be_cut_are_refused_with_their_rows(tmp_path: Path) -> None:
+    rows = [f"How {n},Warm {n}" + (", and more" if n % 2 else "") + f",Cold {n}" for n in range(300)]
+    (tmp_path / "p.csv").write_text("\n".join(["prompt,chosen,rejected", *rows]))
+    with pytest.raises(BadRows, match=r"150 of 300 rows of .* put quotes around") as caught:
         read_published(PairsConfig(source=str(tmp_path / "p.csv")), 0)
+    assert isinstance(caught.value.left_out, list) and len(caught.value.left_out) == 150
 
 
 def test_a_broken_parquet_is_one_sentence(tmp_path: Path) -> None:
@@ -280,3 +299,137 @@ def test_the_run_s_constraints_hold_for_imported_pairs_too(tmp_path: Path) -> No
     }
     assert found.counts["less_safe"] == 1
     assert [p["gap"] for p in found.splits["train"] if p["ID"] == "q11"] == [4.0]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+BEFORE = [user("I cannot sleep."), answer("Since when?")]
+ASKED = "Since May, every night."
+SIDES = {"chosen": "Warm", "rejected": "Cold"}
+ANSWERS = {"chosen": [answer("Warm")], "rejected": [answer("Cold")]}
+TWO_KINDS = "chosen is a text and rejected is none, or the other way round"
+SHAPES: dict[str, Row] = {
+    "TRL, text": {"prompt": ASKED, "chosen": "Warm", "rejected": "Cold"},
+    "TRL, text with the prompt in it": {"prompt": f"{ASKED} ", "chosen": f"{ASKED} Warm", "rejected": f"{ASKED} Cold"},
+    "TRL, messages": {"prompt": [user(ASKED)], "chosen": [answer("Warm")], "rejected": [answer("Cold")]},
+    "TRL, several turns": {"prompt": [*BEFORE, user(ASKED)], "chosen": [answer("Warm")], "rejected": [answer("Cold")]},
+    "TRL, implicit prompt": {
+        "chosen": [*BEFORE, user(ASKED), answer("Warm")],
+        "rejected": [*BEFORE, user(ASKED), answer("Cold")],
+    },
+    "UltraFeedback": {
+        "prompt": ASKED,
+        "prompt_id": "0a1b",
+        "chosen": [{"role": "system", "content": "Be kind."}, user(ASKED), answer("Warm")],
+        "rejected": [{"role": "system", "content": "Be kind."}, user(ASKED), answer("Cold")],
+        "messages": [user(ASKED), answer("Warm")],
+        "score_chosen": 8.5,
+        "score_rejected": 4.0,
+    },
+    "ratings of a whole": {"instruction": ASKED, **SIDES, "chosen_rating": 5, "rejected_rating": 0.5},
+    "HH-RLHF": {
+        "chosen": f"\n\nHuman: {BEFORE[0]['content']}\n\nAssistant: Since when?\n\nHuman: {ASKED}\n\nAssistant: Warm",
+        "rejected": f"\n\nHuman: {BEFORE[0]['content']}\n\nAssistant: Since when?\n\nHuman: {ASKED}\n\nAssistant: Cold",
+    },
+    "our own text prompt": {"prompt": f"Client: {ASKED}\n\nTherapist:\n", "chosen": "Warm", "rejected": "Cold"},
+    "published, without ratings": {"question": ASKED, **SIDES, "history": json.dumps(BEFORE)},
+}  # fmt: skip
+SCORED = {"UltraFeedback": 4.5, "ratings of a whole": 4.5}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("write", [parquet, jsonl, table])
+def test_pairs_as_everyone_has_them(tmp_path: Path, name: str, write: Any) -> None:
+    """What a set does not say is unknown, and nothing else is made of it."""
+    given = SHAPES[name]
+    if write is table:
+        given = {k: json.dumps(v) if isinstance(v, list) else v for k, v in given.items()}
+    suffix = {parquet: "parquet", jsonl: "jsonl", table: "csv"}[write]
+    found = read_published(PairsConfig(source=write(tmp_path / f"p.{suffix}", [given])), 0)
+    assert found.quarantine == []
+    [pair] = found.pairs
+    assert (pair["question"], pair["chosen"].strip(), pair["rejected"].strip()) == (ASKED, "Warm", "Cold")
+    several = any(word in name for word in ("several", "implicit", "HH", "without ratings"))
+    assert json.loads(pair["history"] or "[]") == (BEFORE if several else [])
+    assert pair["gap"] == SCORED.get(name)
+    assert {pair[column] for column in RATINGS} == {None} and pair["chosen_model"] == "unknown"
+    assert found.speeches[pair["speech_id"]]["history"] == pair["history"]
+    assert pa.Table.from_pylist(found.pairs, schema=PREFERENCE_PAIR).to_pylist()[0]["gap"] == pair["gap"]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"prompt": ASKED, "chosen": [answer("Warm")], "rejected": "Cold"}, TWO_KINDS),
+        ({"prompt": ASKED, "chosen": "Warm", "rejected": {"a": 1}}, TWO_KINDS),
+        ({"prompt": [*BEFORE], **ANSWERS}, "the prompt does not end with a client turn"),
+        (
+            {"prompt": [{"role": "judge", "content": "x"}], **ANSWERS},
+            "prompt: turn 1 has no role of a client or counsellor with a text",
+        ),
+        (
+            {"chosen": [user(ASKED), answer("Warm")], "rejected": [user("Other"), answer("Cold")]},
+            "chosen and rejected differ in more than their last answer",
+        ),
+        ({"chosen": [user(ASKED), answer("Warm")], "rejected": [user(ASKED), answer("Warm")]}, "same text"),
+        (ANSWERS, "no prompt, and chosen and rejected hold no client turn"),
+        (SIDES, "no text in question or prompt, and chosen is no conversation"),
+        ({"prompt": ASKED, **SIDES, "score_chosen": 1, "score_rejected": 2}, "rejected is rated higher"),
+        ({"prompt": 7, **SIDES}, "no text in prompt"),
+    ],
+)
+def test_a_row_of_another_shape_is_left_out_with_its_reason(tmp_path: Path, given: Row, reason: str) -> None:
+    found = read_published(PairsConfig(source=jsonl(tmp_path / "p.jsonl", [SHAPES["TRL, text"], given])), 0)
+    assert found.quarantine == [{"row": 2, "reason": reason}] and len(found.pairs) == 1
+
+
+def test_pairs_without_ratings_meet_what_is_known_of_them_alone(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Case {n}", "chosen": "Warm", "rejected": "Cold"} for n in range(40)]
+    rows += [
+        {"prompt": f"Case {n}", "chosen": "Warm", "rejected": "Cold", "score_chosen": n / 10, "score_rejected": 4}
+        for n in range(40, 80)
+    ]
+    config = PairsConfig(source=jsonl(tmp_path / "p.jsonl", rows))
+    published = read_published(config, 0)
+    found = import_pairs(published.pairs, published.speeches, config, 0)
+    kept = [pair["gap"] for pair in found.splits["train"] if pair["gap"] is not None]
+    assert found.kept + len(found.left_out) == 80 and kept and min(kept) >= 1.0
+    assert sum(pair["gap"] is None for split in found.splits.values() for pair in split) == 40
+    assert set(found.counts["left_out"]) == {"tie", "gap under pairs.min_gap"} and found.counts["less_safe"] == 0
+
+
+def test_two_conversations_that_end_alike_are_two_speeches(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": [user(f"Case {n}"), answer("Is it so?"), user("Yes.")], "chosen": [answer("Warm")],
+         "rejected": [answer("Cold")], "split": "train" if n else "test"} for n in range(4)
+    ]  # fmt: skip
+    config = PairsConfig(source=jsonl(tmp_path / "p.jsonl", rows))
+    found = read_published(config, 0)
+    assert len(found.speeches) == 4 and len(found.pairs) == 4
+    assert import_pairs(found.pairs, found.speeches, config, 0).kept == 4, "no overlap of train and test"
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl.gz", "p.csv.gz", "p.json.gz"])
+def test_packed_files_and_json_lists(tmp_path: Path, name: str) -> None:
+    rows = [row(n) for n in range(5)]
+    plain = Path(table(tmp_path / "plain.csv", rows) if "csv" in name else jsonl(tmp_path / "plain.jsonl", rows))
+    content = json.dumps(rows).encode() if "json." in f"{name}." else plain.read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    found = read_published(PairsConfig(source=str(tmp_path / name)), 0)
+    assert len(found.pairs) == 5 and found.quarantine == []
+
+
+def test_the_first_rows_tell_a_dry_run_that_no_pair_can_be_made(tmp_path: Path) -> None:
+    good = jsonl(tmp_path / "good.jsonl", list(SHAPES["TRL, text"] | {"prompt": f"Case {n}"} for n in range(3)))
+    check_published(PairsConfig(source=good))
+    bad = jsonl(tmp_path / "bad.jsonl", [{"chosen": f"Warm {n}", "rejected": "Cold"} for n in range(500)])
+    with pytest.raises(BadInput, match=r"begins with 200 rows and none that can be used \(200 no text in question or"):
+        check_published(PairsConfig(source=bad))
+    with pytest.raises(BadInput, match="has no column chosen and 1 more; its columns are a, and accepted are"):
+        check_published(PairsConfig(source=jsonl(tmp_path / "other.jsonl", [{"a": 1}])))

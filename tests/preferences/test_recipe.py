@@ -13,13 +13,16 @@ import pytest
 from psycho import storage
 from psycho.config import load_config
 from psycho.errors import BadInput, StageFailed
+from psycho.evaluation.report import render_report
+from psycho.evaluation.summary import build_summary, stage_manifests
 from psycho.job import Job
 from psycho.plan import build_plan
 from psycho.principles import STEMS
 from psycho.run import Run, StageResult
 from psycho.schema import CLIENT_SPEECH, PREFERENCE_GROUP, PREFERENCE_PAIR, RATING, RESPONSE
 from psycho.stages import STAGES, check_config, same_judge
-from ray_jobs import pipeline
+from psycho.training.stage import reward_rows
+from ray_jobs import export, pipeline
 from ray_jobs.pair import pair
 from ray_jobs.prepare import prepare
 from ray_jobs.train_online import sides
@@ -193,6 +196,57 @@ def test_a_run_on_published_pairs_starts_at_training(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + "\n")
     changed = job(tmp_path / "run", f"pairs.source={source}", "pairs.test_share=0.2", "generation.pool=[]")
     assert not changed.run.is_done("prepare") and not changed.run.is_done("pair")
+
+
+def unrated(path: Path, **scores: float) -> str:
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Question {n}"}], **scores,
+         "chosen": [{"role": "assistant", "content": f"Warm {n} {k}"}],
+         "rejected": [{"role": "assistant", "content": f"Cold {n} {k}"}]}
+        for n in range(60) for k in range(2)
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.mark.parametrize("scores", [{}, {"score_chosen": 9.0, "score_rejected": 2.5}])
+def test_pairs_without_ratings_go_through_and_what_is_unknown_is_said(
+    tmp_path: Path, scores: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training rows, audit, data page, card and the exported set: nothing in them is made up."""
+    made = job(tmp_path / "run", f"pairs.source={unrated(tmp_path / 'p.jsonl', **scores)}", "generation.pool=[]")
+    check_config(made.config)
+    prepare(made)
+    pair(made)
+    assert balances(made, "pair")["rows_in"] == 120
+    assert "120 pairs have no ratings by principle" in capsys.readouterr().err
+    train, gap = read(made, "preferences", "train"), 6.5 if scores else None
+    assert {row["gap"] for row in train} == {gap} and {row["chosen_empathy_rating"] for row in train} == {None}
+    audit = json.loads(Path(made.run.path("preferences", "audit.json")).read_text())["train"]
+    assert audit["rated"] == 0 and audit["safety"] == {"inverted": None, "by_loss": None}
+    assert (audit["gap"]["mean"], audit["gap"]["by_sevenths"]) == (gap, None)
+    groups = read(made, "preferences", "groups")
+    assert {len(group["pairs"]) for group in groups} == {2} and groups[0]["responses"][0]["empathy_rating"] is None
+    best = [found for _, found in chosen_of_pairs(made)]
+    assert {found["overall"] for found in best} == {None} and all("Warm" in found["response"] for found in best)
+    table = storage.read_table(made.run.path("preferences", "train"))
+    rows = reward_rows(made.config, table)
+    storage.write_table(pa.Table.from_pylist(rows), str(tmp_path / "rows"))  # as training reads them
+    assert storage.read_table(str(tmp_path / "rows")).to_pylist() == rows and {row["gap"] for row in rows} == {gap}
+    for setting in ("principle_heads", *(() if scores else ("margin_per_gap",))):
+        asked = load_config(NANO, (f"training.reward.{setting}=0.5",))
+        with pytest.raises(BadInput, match=f"{setting} .* the imported pairs have .*; set it to 0"):
+            reward_rows(asked, table)
+    html = render_report(made.run, build_summary(made.run, stage_manifests(made.run), 1.0, None))
+    assert "The imported pairs have no ratings by principle" in html
+    assert ("<td>6.50</td>" if scores else "<td>unknown</td>") in html
+    export.export(made, str(tmp_path / "set"), "mit")
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert "No pair has ratings on" in card and "rated less safe" not in card and "It rated each" not in card
+    again = job(tmp_path / "again", f"pairs.source={tmp_path / 'set'}", "generation.pool=[]")
+    prepare(again)
+    pair(again)
+    assert sorted(read(again, "preferences", "train"), key=str) == sorted(train, key=str)
 
 
 def test_what_training_waits_for_depends_on_the_source(tmp_path: Path) -> None:

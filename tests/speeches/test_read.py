@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections import Counter
@@ -12,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from psycho import textfile
 from psycho.config import SpeechesConfig
 from psycho.errors import BadInput
-from psycho.speeches import read as reading
 from psycho.speeches.clean import clean_batch
 from psycho.speeches.prepare import prepare_speeches
-from psycho.speeches.read import CP1252, read_speeches
+from psycho.speeches.read import read_speeches
+from psycho.textfile import CP1252
 
 SECRET = "Since my brother Tobias died I cannot sleep, and nobody at work has asked me once how I am doing."
 ROWS = [(1, SECRET, None), (2, "second", None)]
@@ -85,9 +87,12 @@ def test_a_file_without_a_header_does_not_show_its_first_speech(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("none.csv", "does not exist; give a CSV, JSONL or Parquet file"),
-        ("folder.csv", "is a folder without CSV, JSONL or Parquet files"),
-        ("speeches.xlsx", "ends in '.xlsx'; give .csv, .jsonl or .parquet"),
+        ("none.csv", "does not exist; give a CSV, JSONL, JSON or Parquet file"),
+        ("folder.csv", "is a folder without files of rows"),
+        (
+            "speeches.xlsx",
+            "ends in '.xlsx'; give .csv (a sheet saved as CSV UTF-8), .jsonl, .json (each also .gz) or .parquet",
+        ),
         ("speeches", "ends in ''"),
     ],
 )
@@ -136,7 +141,7 @@ def test_lines_in_windows_code_page_are_read_and_counted(tmp_path, kind):
 @pytest.mark.parametrize(
     "content",
     [
-        json.dumps({"question": SECRET}).encode("utf-16"),
+        json.dumps({"question": SECRET}).encode("utf-16-le"),
         b"\x1f\x8b\x08" + SECRET.encode(),
         b"PK\x03\x04" + SECRET.encode(),
         SECRET.encode() + b"\0\1\2",
@@ -145,7 +150,7 @@ def test_lines_in_windows_code_page_are_read_and_counted(tmp_path, kind):
 def test_a_binary_file_is_a_sentence(tmp_path, kind, content):
     path = tmp_path / f"speeches.{kind}"
     path.write_bytes(content)
-    assert "is not text in UTF-8 (binary or UTF-16?); save it as UTF-8" in refused(path)
+    assert "is not text in UTF-8 (binary, or UTF-16 without its mark?); save it as UTF-8" in refused(path)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -172,7 +177,7 @@ def test_a_speech_of_10_mb_is_left_out_and_the_others_kept(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 @pytest.mark.parametrize("filling", ["x", 'x""', "x, ", "ü"])
 def test_a_line_of_any_length_costs_no_more_than_its_row(tmp_path, monkeypatch, kind, filling):
-    monkeypatch.setattr(reading, "MAX_LINE", 4096)
+    monkeypatch.setattr(textfile, "MAX_LINE", 4096)
     long = {"csv": filling * 30_001, "jsonl": filling.replace('"', "'") * 30_001}[kind]
     path = write(tmp_path, kind, [{"question": SECRET}, {"question": long}, {"question": SECRET[::-1]}])
     found = read(path)
@@ -183,7 +188,7 @@ def test_a_line_of_any_length_costs_no_more_than_its_row(tmp_path, monkeypatch, 
 
 
 def test_a_quote_that_was_cut_out_swallows_no_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_LINE", 4096)
+    monkeypatch.setattr(textfile, "MAX_LINE", 4096)
     path = tmp_path / "speeches.csv"
     path.write_text(f'question,other\n"{SECRET}",a\n"{"x" * 9000}",{"y" * 9000}\n"{SECRET[::-1]}",b\n')
     assert reasons(path) == [None, "a line of 16 MiB or more", None]
@@ -225,12 +230,6 @@ def test_half_a_surrogate_pair_in_an_id_can_be_stored(tmp_path):
     path.write_text(json.dumps({"question": SECRET, "key": "a\udfff"}) + "\n")
     [(_, _, key)] = read(path, id_column="key")
     assert pa.array([key]).to_pylist() == ["a?"]
-
-
-def test_a_short_row_of_a_csv_holds_no_text(tmp_path):
-    path = tmp_path / "speeches.csv"
-    path.write_text(f'topic,question\ngrief\ngrief,"{SECRET}"\ngrief,second,more,and more\n')
-    assert [text for _, text, _ in read(path)] == [None, SECRET, "second"]
 
 
 @pytest.mark.parametrize("cut", ["empty", "half", "not parquet", "torn page"])
@@ -290,3 +289,78 @@ def test_permission_denied_as_a_system_would_say_it(tmp_path, monkeypatch, kind,
 
     monkeypatch.setattr(opens, denied)
     assert "cannot be read (permission denied); check its mode" in refused(path)
+
+
+CAFE = "After the café – “never again” – I could not sleep; nobody, I thought, would ask me."
+
+
+def as_bytes(rows: list[str], delimiter: str = ",") -> bytes:
+    lines = [f'{number}{delimiter}"{text}"' for number, text in enumerate(rows, 1)]
+    return "\r\n".join([f"id{delimiter}question", *lines, ""]).encode()
+
+
+def as_json(rows: list[str], **how: Any) -> bytes:
+    return json.dumps(
+        [{"id": n, "question": text} for n, text in enumerate(rows, 1)], ensure_ascii=False, **how
+    ).encode()
+
+
+FORMATS = {
+    "utf8.csv": lambda rows: b"\xef\xbb\xbf" + as_bytes(rows),
+    "european.csv": lambda rows: as_bytes(rows, ";"),
+    "excel.csv": lambda rows: as_bytes(rows, "\t").decode().encode("utf-16"),
+    "big.csv": lambda rows: b"\xfe\xff" + as_bytes(rows, ";").decode().encode("utf-16-be"),
+    "told.csv": lambda rows: b"sep=;\r\n" + as_bytes(rows, ";"),
+    "a.tsv": lambda rows: as_bytes(rows, "\t"),
+    "a.csv.gz": lambda rows: gzip.compress(as_bytes(rows)),
+    "a.CSV.GZ": lambda rows: gzip.compress(as_bytes(rows, ";").decode().encode("utf-16")),
+    "a.json": as_json,
+    "long.json": lambda rows: b"\xef\xbb\xbf\n " + as_json(rows, indent=2),
+    "lines.json": lambda rows: b"\n".join(json.dumps(row).encode() for row in json.loads(as_json(rows))),
+    "a.json.gz": lambda rows: gzip.compress(as_json(rows)),
+    "a.jsonl.gz": lambda rows: gzip.compress(FORMATS["lines.json"](rows)),
+    "a.ndjson": lambda rows: FORMATS["lines.json"](rows),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("count", [2, 5000])
+def test_files_as_people_have_them(tmp_path, name, count):
+    rows = [f"{CAFE} {number}" for number in range(count)]
+    (tmp_path / name).write_bytes(FORMATS[name](rows))
+    notes: Counter[str] = Counter()
+    config = SpeechesConfig(source=str(tmp_path / name), id_column="id")
+    assert [(row.text, row.id) for row in read_speeches(config, notes)] == [(t, str(n)) for n, t in enumerate(rows, 1)]
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv.gz", b"question\nsecond\n", "is not a whole gzip file"),
+        ("a.csv.gz", gzip.compress(as_bytes([SECRET] * 99))[:-20], "is not a whole gzip file; pack it again"),
+        ("a.json", as_json([SECRET] * 3)[:-30], "is not a whole JSON list in UTF-8 (it breaks off behind row 2)"),
+        ("a.json", b'[{"question": "Tobias \xe9"}]', "is not a whole JSON list in UTF-8"),
+        ("a.json", as_json([SECRET]).replace(b"question", b"text"), "has no column question; its columns are id, text"),
+    ],
+)
+def test_a_packed_file_or_a_list_that_is_cut_short(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    assert said in refused(tmp_path / name)
+
+
+def test_what_is_no_object_in_a_list_is_left_out(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"question": "second"}, 7, [1], {"question": SECRET}]))
+    rows = list(read_speeches(SpeechesConfig(source=str(tmp_path / "a.json"))))
+    assert [(row.text, row.reason) for row in rows] == [
+        ("second", None), (None, "not a JSON object"), (None, "not a JSON object"), (SECRET, None),
+    ]  # fmt: skip
+
+
+def test_a_folder_reads_lists_only_where_there_is_nothing_else(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"question": "second"}]))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert [text for _, text, _ in read(tmp_path)] == ["second"]
+    (tmp_path / "b.csv").write_text("question\nsecond\n")
+    (tmp_path / "a.json").write_text("about the data")
+    assert [text for _, text, _ in read(tmp_path)] == ["second"]
