@@ -163,7 +163,8 @@ class Run:
                 )
         except BaseException as error:
             spent = StageResult(cost=getattr(error, "cost", 0.0))
-            self._ledger(name, type(error).__name__, time.time() - started, spent)
+            kind = BadInput if isinstance(error, BadInput) else type(error)
+            self._ledger(name, kind.__name__, time.time() - started, spent)
             if isinstance(error, BadRows) and error.left_out:
                 raise self._refused(name, error, error.left_out) from None
             raise
