@@ -100,7 +100,7 @@ def _pairs(run: Run) -> Context:
     context: Context = {"left_out": dict(left_out), "less_safe": manifest.get("less_safe"), "audit": audit}
     train = audit.get("train")
     if not train:
-        return context | {"gap_svg": None}
+        return context | {"gap_svg": None, "length": None}
     sevenths = train["gap"]["by_sevenths"] or []
     gaps = np.repeat(np.arange(len(sevenths)) / 7, sevenths).tolist()
     inverted, rated = train["safety"]["inverted"], train.get("rated", train["pairs"])
