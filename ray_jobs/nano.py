@@ -20,6 +20,10 @@ from psycho.judging.fitness import Gate
 from psycho.nano import world
 from psycho.nano.check import check, copies
 
+_LEGEND = """truth (gold): the ratings that follow from the grammar; a principle's figure is the correlation with it
+on grammar: text that the grammar could have written; corrupted: such text with words spoilt
+n: responses, or pairs of them; target: the least that passes"""
+
 
 def nano(job: Job) -> None:
     """Say what there is."""
@@ -93,7 +97,8 @@ def _refuse_missed(gates: Sequence[Gate]) -> None:
 
 def gates_table(gates: Sequence[Gate], title: str) -> Table:
     """A row a gate."""
-    table = Table("gate", "measured", "target", "n", "", title=title, title_justify="left")
+    heads = ("gate", "measured", "target", "n", "")
+    table = Table(*heads, title=title, title_justify="left", caption=_LEGEND, caption_justify="left")
     for gate in gates:
         value = "-" if gate.value is None else f"{gate.value:.3f}"
         table.add_row(gate.name, value, f"{gate.target:.2f}", str(gate.n), "ok" if gate.passed else "MISSED")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Fitness = dict[str, Any]
+_UNCHECKED = "not checked"
 _GATE_KEYS = ("name", "value", "target", "n", "passed")
 
 
@@ -19,20 +20,21 @@ def read_fitness(manifests: Mapping[str, Mapping[str, Any]]) -> Fitness:
     found = manifests.get("judge", {}).get("fitness")
     if found:
         gates = [{key: gate.get(key) for key in _GATE_KEYS} for gate in found.get("gates") or []]
-        return {"fit": found.get("fit"), "why": found.get("why") or "not checked", "gates": gates}
+        return {"fit": found.get("fit"), "why": found.get("why") or _UNCHECKED, "gates": gates}
     if "judge" in manifests or "evaluate" in manifests:
-        return {"fit": None, "why": "not checked", "gates": []}
+        return {"fit": None, "why": _UNCHECKED, "gates": []}
     return {"fit": None, "why": "no judge has rated anything yet", "gates": []}
 
 
 def headline(fitness: Mapping[str, Any]) -> str:
     """The first line of summary, report and terminal."""
+    why = fitness["why"]
     if fitness["fit"] is False:
-        return f"The judge is unfit ({fitness['why']}): figures below show the machinery only."
+        return f"The judge is unfit ({why}): figures below show the machinery only."
     if fitness["fit"]:
-        gates = fitness["gates"]
-        passed = f"it passed {sum(bool(gate['passed']) for gate in gates)} of {len(gates)} gates" if gates else ""
-        return f"The judge is fit: {passed or fitness['why']}."
-    if fitness["why"] == "not checked":
-        return "The judge was not checked against known ratings: whether its ratings can be trusted is not known."
-    return f"Whether the judge is fit is not known: {fitness['why']}."
+        return f"The judge is fit: {why}."
+    if why.startswith(_UNCHECKED):
+        reason = why.removeprefix(_UNCHECKED).removeprefix(": ")
+        said = f" ({reason})" if reason else ""
+        return f"The judge was not checked against known ratings{said}; whether to trust its ratings is not known."
+    return f"Whether the judge is fit is not known: {why}."

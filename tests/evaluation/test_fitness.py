@@ -12,6 +12,7 @@ from psycho import storage
 from psycho.evaluation.fitness import headline, read_fitness
 from psycho.evaluation.report import render_report
 from psycho.evaluation.summary import build_summary, stage_manifests
+from psycho.judging.fitness import Gate, verdict
 
 GATE = {"name": "relevance", "value": 0.125, "target": 0.9, "n": 600, "passed": False}
 UNFIT = {"fit": False, "why": "relevance .125 is under .90", "gates": [GATE]}
@@ -37,7 +38,20 @@ def test_without_a_judge_there_is_nothing_to_check() -> None:
 
 def test_the_headline_names_the_reason() -> None:
     assert headline(UNFIT) == SENTENCE
-    assert headline(FIT) == "The judge is fit: it passed 1 of 1 gates."
+    assert headline(FIT) == "The judge is fit: every gate passed."
+
+
+def test_it_reads_what_the_judging_says() -> None:
+    """The verdict of `psycho.judging.fitness`, as the manifest holds it."""
+    missed, passed = Gate("relevance", 0.125, 0.9, 600), Gate("relevance", 0.96, 0.9, 600)
+    for gates, said in (
+        ([missed], "The judge is unfit (relevance 0.12 (must be 0.90), measured on 600 responses): figures below show"),
+        ([passed], "The judge is fit: all 1 gates passed, measured on 600 responses."),
+        ([], "The judge was not checked against known ratings (600 responses); whether"),
+    ):
+        found = read_fitness({"judge": {"fitness": verdict(gates, "600 responses")}})
+        assert headline(found).startswith(said)
+        assert [gate["passed"] for gate in found["gates"]] == [gate.passed for gate in gates]
 
 
 @pytest.mark.parametrize(

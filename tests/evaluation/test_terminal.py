@@ -10,7 +10,9 @@ from rich.console import Console
 
 from psycho.evaluation.summary import build_summary, stage_manifests
 from psycho.evaluation.terminal import show_results
+from psycho.judging.fitness import Gate
 from psycho.stages import POLICIES
+from ray_jobs.nano import gates_table
 
 UNFIT = {"fit": False, "why": "relevance .125 is under .90", "gates": []}
 
@@ -68,3 +70,15 @@ def test_every_step_and_the_best_are_said(fake_run: Any) -> None:
 @pytest.mark.parametrize("last", ["prepare", "pair", "train_dpo"])
 def test_a_run_without_an_evaluation_says_so(fake_run: Any, last: str) -> None:
     assert "No policy has been compared with the baseline yet." in " ".join(printed(fake_run, last).split())
+
+
+def test_the_gates_of_the_nano_world_fit_eighty_columns_and_are_explained() -> None:
+    file = io.StringIO()
+    gates = [
+        Gate("judge on the policies' samples, rated as the truth: exploration", 0.91, 0.9, 600),
+        Gate("judge on grammar, 10 % corrupted: relevance", None, 0.9, 600),
+    ]
+    Console(width=80, file=file).print(gates_table(gates, "nano world, held-out combinations"))
+    assert max(map(len, file.getvalue().splitlines())) <= 80 and "…" not in file.getvalue()
+    text = " ".join(file.getvalue().split())
+    assert "on grammar: text that the grammar could have written" in text and "truth (gold):" in text
