@@ -87,8 +87,10 @@ def explain(error: BaseException) -> str | None:
 def cause(error: BaseException) -> tuple[str, str]:
     """Type and message, of one line, of what began it; of a stage's own failure its own words."""
     links = list(_explicit(error))
-    own = next((link for link in links if isinstance(link, StageFailed)), links[-1])
-    kind, message = _told(own)
+    # The text of a traceback knows what an error was raised from, which does not travel with the error itself.
+    texts = [link for link in links if _TRACEBACK.search(str(link))]
+    own = next((link for link in links if isinstance(link, StageFailed) and link not in texts), None)
+    kind, message = _told(own or (texts or links)[-1])
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if lines and _COUNTED.match(lines[0]):  # pydantic says how many first, and then which
         lines = [" ".join(lines[1:]).partition(" [type=")[0]]

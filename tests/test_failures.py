@@ -94,6 +94,8 @@ def test_the_innermost_cause_of_a_workers_traceback():
         "TypeError: EngineArgs.__init__() got an unexpected keyword argument 'nonsense'", "KeyError: 7"
     )
     assert explain(ray_error(other, RuntimeError())) is None, "a line of code was taken for a message"
+    carried = ray_error(other, RuntimeError("UDF failed to process a data block."))
+    assert cause(carried) == ("KeyError", "7"), "Ray Data's own error was taken for the cause"
     died = ActorDiedError.from_task_error(RayTaskError("f", other, KeyError(7)))
     assert cause(died) == ("KeyError", "7")
 
