@@ -105,7 +105,7 @@ class RemoteConfig(Section):
 
 
 class ModelConfig(Section):
-    """A model of the pool: a folder, GGUF file, hub id, `fetched:smollm2` or `nano:<name>`, or a name at an endpoint."""
+    """A model of the pool: a folder, GGUF file, hub id, fetched:smollm2 or nano:<name>, or a name at an endpoint."""
 
     name: str = Field(..., description="of this entry alone; stands in the data for who answered")
     model: str = Field(
