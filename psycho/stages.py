@@ -183,7 +183,7 @@ def nano_among_people(config: Config) -> str | None:
         return None
     return (
         f"{', '.join(settings)}: models of the nano world know its speeches alone, so their answers and ratings mean "
-        "nothing for real people; start from configs/small-1gpu.yaml"
+        "nothing for real people; start from configs/smollm2.yaml, or with a GPU from configs/small-1gpu.yaml"
     )
 
 

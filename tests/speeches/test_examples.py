@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from psycho.config import SpeechesConfig
+from psycho.errors import BadInput
 from psycho.run import StageResult
 from psycho.speeches.prepare import prepare_speeches
+from psycho.speeches.source import find_files
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "speeches.csv"
@@ -47,6 +49,19 @@ def test_every_topic_occurs(prepared: tuple[StageResult, list[dict]]) -> None:
     topics = yaml.safe_load((ROOT / "psycho" / "speeches" / "topics.yaml").read_text())
     wanted = {fine for group in topics.values() for fine in group}
     assert {row["topic"] for row in prepared[1]} == wanted
+
+
+def test_they_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`configs/smollm2.yaml` names them as they lie in a checkout; one's own file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    [file] = find_files(SpeechesConfig(source="examples/speeches.csv"))
+    assert Path(file.uri).read_bytes() == EXAMPLES.read_bytes()
+    with pytest.raises(BadInput, match=r"examples/other\.csv does not exist"):
+        find_files(SpeechesConfig(source="examples/other.csv"))
+    own = tmp_path / "examples" / "speeches.csv"
+    own.parent.mkdir()
+    own.write_text("question\n")
+    assert find_files(SpeechesConfig(source="examples/speeches.csv"))[0].uri == "examples/speeches.csv"
 
 
 def test_risks_and_lengths_vary() -> None:
