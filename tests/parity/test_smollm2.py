@@ -35,7 +35,13 @@ ANSWERS = (
     "You should just relax.",
     "I hear how much this hurts. Would you like to tell me what happened next?",
 )
-TRL: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
+TRL: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,10 @@ def reference(folder: str) -> Any:
 
 @pytest.fixture
 def policy(folder: str) -> Any:
-    """The model a step away from the reference, so that no loss is that of equal models."""
+    """The model a step away from the reference, so that no loss is that of equal models.
+
+    One weight near the head has a gradient: the way to it is short, and small models test the rest of it.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -75,6 +84,8 @@ def policy(folder: str) -> Any:
         for layer in model.model.layers:
             weight = layer.mlp.up_proj.weight
             weight += 0.02 * weight.std() * torch.randn_like(weight)
+    model.requires_grad_(False)
+    model.model.layers[28].mlp.up_proj.weight.requires_grad_(True)
     return model
 
 
@@ -155,7 +166,7 @@ def test_the_dpo_loss_is_trls(policy: Any, reference: Any, tokenizer: Any, tmp_p
     policy.eval()
     theirs = trainer.compute_loss(policy, trainer.data_collator([trainer.train_dataset[n] for n in range(len(rows))]))
     theirs.backward()
-    weight = policy.model.layers[14].mlp.up_proj.weight
+    weight = policy.model.layers[28].mlp.up_proj.weight
     expected, weight.grad = weight.grad.clone(), None
     metrics = {key: values[0] for key, values in trainer._metrics["eval"].items()}
 
