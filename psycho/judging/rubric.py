@@ -91,7 +91,7 @@ def single_prompt(
 
 
 def pair_prompt(
-    speech: str, first: str, second: str, history: str | None = None, mode: Mode = "evidence"
+    speech: str, first: str, second: str, history: str | None = None, *, mode: Mode = "evidence"
 ) -> list[dict[str, str]]:
     """The messages that ask for the ratings of two responses side by side."""
     both = f"{_tagged('first_response', first)}\n\n{_tagged('second_response', second)}"
