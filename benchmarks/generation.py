@@ -1,6 +1,7 @@
 """How fast answers come: ours against a bare vLLM engine and against Ray Data's own `ray.data.llm`.
 
-    python -m benchmarks.generation [--requests 3000] [--rounds 3] [--model FOLDER] [--quick]
+    python -m benchmarks.generation [--requests 3000] [--rounds 3] [--quick]
+    python -m benchmarks.generation --model FOLDER --dtype bfloat16 --sequences 48 --top-p 1     # a real model
 
 The same prompts, sampling and engine arguments go through (1) one bare engine that is fed from a plain loop,
 (2) `ray.data.llm`'s processor, (3) our stage on Ray Data with one worker. Each arm runs in a process of its own, one
@@ -15,6 +16,7 @@ to the bare engine, also where other work on the machine makes throughput say li
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import accumulate, islice
+from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +44,15 @@ ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 ENGINE = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 128, "enforce_eager": True}
-MAX_TOKENS, TEMPERATURE, TOP_P = 96, 0.8, 0.95
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "max_tokens": 96}
 ARMS = ("vllm", "ray_data_llm", "ours")
+RATIOS = (
+    ("throughput", "rate", "vllm"),
+    ("throughput", "rate", "ray_data_llm"),
+    ("first_row", "first", "ray_data_llm"),
+    ("cpu", "cpu", "vllm"),
+    ("first_row", "first", "vllm"),
+)
 
 
 class Seen(NamedTuple):
@@ -54,8 +63,12 @@ class Seen(NamedTuple):
     cpu: float = 0.0
 
 
-def prompts(count: int) -> list[list[dict[str, str]]]:
-    """Speeches of the nano grammar, as messages."""
+def prompts(count: int, real: bool) -> list[list[dict[str, str]]]:
+    """Speeches as messages: of the nano grammar, or the real ones of examples/, over and over."""
+    if real:
+        with (Path(__file__).parents[1] / "examples" / "speeches.csv").open(newline="", encoding="utf-8") as file:
+            texts = [row["question"] for row in csv.DictReader(file)]
+        return [[{"role": "user", "content": text}] for text in islice(cycle(texts), count)]
     from psycho.nano.grammar import sample_speech
 
     rng = random.Random(0)
@@ -87,13 +100,7 @@ def run_vllm(model: str, talks: list[Any]) -> tuple[float, list[Seen]]:
 
     def add(number: int, talk: Any) -> None:
         text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        params = SamplingParams(
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
-            max_tokens=MAX_TOKENS,
-            seed=number,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = SamplingParams(**SAMPLING, seed=number, output_kind=RequestOutputKind.FINAL_ONLY)
         engine.add_request(str(number), tokens_input(tokenizer(text, add_special_tokens=False).input_ids), params)
 
     rows: list[Seen] = []
@@ -127,8 +134,7 @@ def run_ray_data_llm(model: str, talks: list[Any]) -> tuple[float, list[Seen]]:
     )
 
     def before(row: dict[str, Any]) -> dict[str, Any]:
-        sampling = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_TOKENS, "seed": row["number"]}
-        return {"messages": json.loads(row["messages"]), "sampling_params": sampling}
+        return {"messages": json.loads(row["messages"]), "sampling_params": SAMPLING | {"seed": row["number"]}}
 
     def after(row: dict[str, Any]) -> dict[str, Any]:
         return {"time": time.time(), "tokens": int(row["num_generated_tokens"]), "text": row["generated_text"]}
@@ -168,7 +174,7 @@ def run_ours(model: str, talks: list[Any]) -> tuple[float, list[Seen]]:
                 file.writelines(lines)
 
     config = InferenceConfig.model_validate({"gpus_per_worker": 0, "env": ENV, "engine": ENGINE})
-    sampling = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, max_tokens=MAX_TOKENS)
+    sampling = SamplingConfig.model_validate(SAMPLING)
     rows = [
         {"request_id": f"{n:06d}", "speech_id": f"s{n}", "split": "train", "model": "m", "sample": 0, "seed": n,
          "messages": json.dumps(talk)}
@@ -209,15 +215,18 @@ def steady(rows: list[Seen]) -> tuple[float, float]:
 def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One arm in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.generation", "--arm", arm, "--requests", str(arguments.requests)]
-    done = subprocess.run([*command, "--model", arguments.model], check=True, stdout=subprocess.PIPE, text=True)
+    command += ["--model", arguments.model, "--dtype", arguments.dtype, "--sequences", str(arguments.sequences)]
+    command += ["--top-p", str(arguments.top_p), "--max-tokens", str(arguments.max_tokens)]
+    command += ["--real"] if arguments.real else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def run_arm(arm: str, model: str, count: int) -> None:
+def run_arm(arm: str, model: str, count: int, real: bool) -> None:
     """Inside the arm's process: run it and print what was seen."""
     os.environ.update(ENV)
-    talks = prompts(count)
+    talks = prompts(count, real)
     first, rows = {"vllm": run_vllm, "ray_data_llm": run_ray_data_llm, "ours": run_ours}[arm](model, talks)
     lengths = sorted(row.tokens for row in rows)
     rate, cpu = steady(rows)
@@ -243,32 +252,40 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="", help="a model folder; none: the nano world's base policy")
     parser.add_argument("--quick", action="store_true", help="1,200 requests, one round")
+    parser.add_argument("--dtype", default=ENGINE["dtype"])
+    parser.add_argument("--sequences", type=int, default=ENGINE["max_num_seqs"], help="decoded together")
+    parser.add_argument("--top-p", type=float, default=SAMPLING["top_p"])
+    parser.add_argument("--max-tokens", type=int, default=SAMPLING["max_tokens"])
+    parser.add_argument("--arms", default=",".join(ARMS), help="only these; the ratios need ours")
+    parser.add_argument("--real", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.model = arguments.model or nano_model()
+    ENGINE.update(dtype=arguments.dtype, max_num_seqs=arguments.sequences)
+    SAMPLING.update(top_p=arguments.top_p, max_tokens=arguments.max_tokens)
     if arguments.arm:
-        run_arm(arguments.arm, arguments.model, arguments.requests)
+        run_arm(arguments.arm, arguments.model, arguments.requests, arguments.real)
         return
+    arguments.real = bool(arguments.model)
+    arguments.model = arguments.model or nano_model()
+    arms = tuple(arm for arm in ARMS if arm in arguments.arms.split(","))
     if arguments.quick:
         arguments.requests, arguments.rounds = 1200, 1
     table = Table("round", "arm", "rows", "tokens", "p10-p90 of length", "output tok/s", "first row, s")
     rounds = []
     for number in range(arguments.rounds):
-        turn = number % len(ARMS)
-        found = {arm: measure(arm, arguments) for arm in (*ARMS[turn:], *ARMS[:turn])}
+        turn = number % len(arms)
+        found = {arm: measure(arm, arguments) for arm in (*arms[turn:], *arms[:turn])}
         rounds.append(found)
         for arm, seen in found.items():
             shown = (f"{seen['rows']:,}", f"{seen['tokens']:,}", f"{seen['p10']}-{seen['p90']}", f"{seen['rate']:,.0f}")
             table.add_row(str(number), arm, *shown, f"{seen['first']:.1f}")
     Console(width=120).print(table)
     ratios = {
-        "throughput_vs_vllm": [r["ours"]["rate"] / r["vllm"]["rate"] for r in rounds],
-        "throughput_vs_ray_data_llm": [r["ours"]["rate"] / r["ray_data_llm"]["rate"] for r in rounds],
-        "first_row_vs_ray_data_llm": [r["ours"]["first"] / r["ray_data_llm"]["first"] for r in rounds],
-        "cpu_vs_vllm": [r["ours"]["cpu"] / r["vllm"]["cpu"] for r in rounds],
-        "first_row_vs_vllm": [r["ours"]["first"] / r["vllm"]["first"] for r in rounds],
+        f"{name}_vs_{other}": statistics.median(r["ours"][what] / r[other][what] for r in rounds)
+        for name, what, other in RATIOS
+        if {"ours", other} <= set(arms)
     }
-    print(json.dumps({name: round(statistics.median(values), 4) for name, values in ratios.items()}))
+    print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
 
 
 if __name__ == "__main__":

@@ -67,9 +67,12 @@ class Job:
         self._ray_is_up = False
 
     def need_ray(self) -> None:
-        """Join or start Ray; a run with nothing left to do never pays for it."""
+        """Join or start Ray, the models that are to be fetched first; a run with nothing left to do never pays."""
         if not self._ray_is_up:
             from psycho.cluster import ray_session
+            from psycho.stages import provide_models
+
+            provide_models(self.config, self.progress.say)
 
             self._resources.enter_context(ray_session(self.config.cluster, self.verbose))
             interrupt.renew()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from psycho import secrets, storage
@@ -12,7 +12,7 @@ from psycho.errors import BadInput
 from psycho.inference.endpoint import api_key
 from psycho.inference.models import check_model
 from psycho.judging.rubric import prompt_version
-from psycho.models import NANO, identity, named_models, resolve
+from psycho.models import NANO, identity, named_models, provide, resolve
 from psycho.nano.grammar import bank_digest
 from psycho.preferences.source import source_facts
 from psycho.run import Stage
@@ -188,7 +188,7 @@ def nano_among_people(config: Config) -> str | None:
         return None
     return (
         f"{', '.join(settings)}: models of the nano world know its speeches alone, so their answers and ratings mean "
-        "nothing for real people; start from configs/small-1gpu.yaml"
+        "nothing for real people; start from configs/smollm2.yaml, or with a GPU from configs/small-1gpu.yaml"
     )
 
 
@@ -231,18 +231,36 @@ def check_config(config: Config) -> None:
     secrets.filled(config)
     check_placement(config)
     check_together(config)
-    imported = starts_from_pairs(config)
-    for setting, model in named_models(config).items():
-        if imported and (setting.startswith("generation.pool") or (setting == "judge.model" and not _judges(config))):
-            continue
+    for setting, model in used_models(config).items():
         if not model:
-            raise BadInput(f"{setting} is empty; name a model folder, a hub id, or nano:<name>")
-        if resolve(config, model) == model:  # nano models are made when they are needed
+            raise BadInput(f"{setting} is empty; name a model folder, a hub id, fetched:smollm2 or nano:<name>")
+        if resolve(config, model) == model:  # others are made when they are needed
             check_model(model, needs_chat_template=setting != "training.reward.init")
     for entry in config.generation.pool:
         api_key(entry)
-    if not config.generation.pool and not imported:
+    if not config.generation.pool and not starts_from_pairs(config):
         raise BadInput("generation.pool is empty; list at least generation.models_per_speech models")
+
+
+def provide_models(config: Config, say: Callable[[str], None]) -> None:
+    """Fetch and convert what the run names and this machine has not yet got.
+
+    Raises:
+        BadInput: a model cannot be had, or is not whole.
+    """
+    for setting, model in used_models(config).items():
+        if folder := provide(model, say):
+            check_model(str(folder), needs_chat_template=setting != "training.reward.init")
+
+
+def used_models(config: Config) -> dict[str, str]:
+    """The models that the run has work for, by the setting that names them."""
+    named = named_models(config)
+    if not starts_from_pairs(config):
+        return named
+    idle = [setting for setting in named if setting.startswith("generation.pool")]
+    idle += [] if _judges(config) else ["judge.model"]
+    return {setting: model for setting, model in named.items() if setting not in idle}
 
 
 def _judges(config: Config) -> bool:

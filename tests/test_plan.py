@@ -422,7 +422,7 @@ def test_nano_models_are_not_for_the_speeches_of_people():
     for source in ("speeches.source=mine.csv", "pairs.source=pairs.parquet"):
         [sentence] = said(source)
         assert sentence.startswith("policy, judge.model, evaluation.baseline, generation.pool")
-        assert "mean nothing for real people; start from configs/small-1gpu.yaml" in sentence
+        assert "mean nothing for real people; start from configs/smollm2.yaml" in sentence
     real = load_config(SMALL, ["speeches.source=mine.csv"])
     assert not any("nano world" in text for text in plan.build_plan(real, "pipeline").warnings)
 

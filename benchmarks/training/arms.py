@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.training.data import SIZES
+from benchmarks.training.data import SIZES, with_words
 
 
 class Flops(TorchDispatchMode):
@@ -53,7 +53,8 @@ def worker(variant: str, folder: str, size: str) -> None:
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
-    turn = (trl if variant.startswith("trl") else ours)(variant, folder, SIZES[size])
+    made = with_words(SIZES[size], folder) if size == "real" else SIZES[size]
+    turn = (trl if variant.startswith("trl") else ours)(variant, folder, made)
     before = psutil.Process().memory_info().rss / 2**30
     with Flops() as flops:
         pairs = turn()["pairs"]

@@ -1,15 +1,16 @@
 """What both sides train on: pairs of the domain's lengths as ids and as text, and a random Llama with a tokenizer of
-one token a word."""
+one token a word; or words of a real model's vocabulary."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 BATCH = 8
 _DRAWN = 500  # for each one taken
+_WORDS = 4000
 Speech = tuple[list[int], list[list[int]], list[tuple[int, int]]]
 
 
@@ -24,10 +25,23 @@ class Size:
     responses: int = 4
     prompt: tuple[int, int] = (230, 40)
     response: tuple[int, int] = (240, 90)
+    words: tuple[tuple[int, str], ...] = ()
+    """Ids and texts of a real tokenizer's words, which the texts are made of; none: the random model's."""
+    end: int = 2
+
+    def drawn(self, rng: random.Random) -> int:
+        """A token of a text."""
+        return rng.choice(self.words)[0] if self.words else rng.randrange(8, self.vocabulary)
+
+    def text(self, ids: list[int]) -> str:
+        """What is tokenized to these ids."""
+        texts = dict(self.words)
+        return "".join(texts[i] for i in ids) if texts else "".join(f" w{i}" for i in ids)
 
 
 SIZES = {
     "full": Size(),
+    "real": Size(speeches=3, prompt=(140, 40), response=(80, 20)),  # as configs/smollm2.yaml has them
     "tiny": Size(vocabulary=512, width=64, layers=2, speeches=4, prompt=(60, 10), response=(40, 9)),
 }
 
@@ -46,9 +60,12 @@ def speeches(size: Size, seed: int = 0) -> list[Speech]:
     rng.shuffle(chosen)
 
     def text(length: tuple[int, int]) -> list[int]:
-        return [rng.randrange(8, size.vocabulary) for _ in range(max(20, round(rng.gauss(*length))))]
+        return [size.drawn(rng) for _ in range(max(20, round(rng.gauss(*length))))]
 
-    return [(text(size.prompt), [[*text(size.response), 2] for _ in range(size.responses)], pairs) for pairs in chosen]
+    return [
+        (text(size.prompt), [[*text(size.response), size.end] for _ in range(size.responses)], pairs)
+        for pairs in chosen
+    ]
 
 
 def _pairs(rng: random.Random, responses: int) -> list[tuple[int, int]]:
@@ -74,9 +91,25 @@ def text_rows(size: Size, single: bool = False) -> list[dict[str, str]]:
     for prompt, responses, pairs in speeches(size):
         for chosen, rejected in pairs[:1] if single else pairs:
             sides = (prompt, responses[chosen][:-1], responses[rejected][:-1])
-            words = [" ".join(f"w{i}" for i in ids) for ids in sides]
-            rows.append({"prompt": words[0], "chosen": f" {words[1]}", "rejected": f" {words[2]}"})
+            names = ("prompt", "chosen", "rejected")
+            rows.append({name: size.text(ids) for name, ids in zip(names, sides, strict=True)})
     return rows
+
+
+def with_words(size: Size, folder: str) -> Size:
+    """The size, its texts made of short words that are one token each in the vocabulary of a real model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for piece, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
+        word = piece[1:]
+        if piece[:1] in "Ġ▁" and word.isascii() and word.isalpha() and word.islower() and len(found) < _WORDS:
+            found.append((number, f" {word}"))
+    made = replace(size, words=tuple(found), end=tokenizer.eos_token_id)
+    ids = [number for number, _ in found]
+    assert tokenizer(made.text(ids), add_special_tokens=False).input_ids == ids, "a word is not a token"
+    return made
 
 
 def model_folder(size: Size, root: Path) -> Path:

@@ -100,7 +100,9 @@ class GenerationConfig(Section):
 class PanelJudge(Section):
     """A judge of a panel; a template, an engine and GPUs of none are those of the judge that it belongs to."""
 
-    model: str = Field(..., description="folder, hub id (owner/name@revision) or nano:<name>")
+    model: str = Field(
+        ..., description="folder, GGUF file, hub id (owner/name@revision), fetched:smollm2 or nano:<name>"
+    )
     weight: float = Field(1.0, gt=0, description="of its ratings in the aggregate, next to the others' weights")
     mode: Literal["evidence", "direct"] = Field(
         "evidence", description="evidence: a quote before each rating; direct: digits only"

@@ -108,11 +108,13 @@ class RemoteConfig(Section):
 
 
 class ModelConfig(Section):
-    """A model of the pool: a folder, a hub id, `nano:<name>` of the embedded world, or a name at an endpoint."""
+    """A model of the pool: a folder, GGUF file, hub id, fetched:smollm2 or nano:<name>, or a name at an endpoint."""
 
     name: str = Field(..., description="of this entry alone; stands in the data for who answered")
     model: str = Field(
-        ..., description="folder, hub id (owner/name@revision), nano:<name>; with remote, its name there"
+        ...,
+        description="folder, GGUF file, hub id (owner/name@revision), fetched:smollm2 or nano:<name>; with remote, its "
+        "name there",
     )
     parameters_b: float | None = Field(None, gt=0, description=SIZE)
     engine: EngineConfig | None = Field(None, description="instead of inference.engine")

@@ -87,9 +87,7 @@ class Config(Section):
     name: str = Field("run", description="in the plan, the report and model cards")
     seed: int = Field(0, description="of all that is drawn: splits, models, samples, pairs, the order of training")
     run_dir: str = Field("runs/run", description="folder of all results, here or on s3:// and the like")
-    policy: str = Field(
-        "", description="the base policy that is trained; of a hub id a revision too: owner/name@revision"
-    )
+    policy: str = Field("", description="the base policy that is trained; a model as in generation.pool.model")
     policy_parameters_b: float | None = Field(None, gt=0, description=SIZE)
     cluster: ClusterConfig = ClusterConfig()
     speeches: SpeechesConfig = SpeechesConfig()

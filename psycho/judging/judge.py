@@ -27,6 +27,7 @@ from psycho.judging.rubric import (
     pair_schema,
     parse_digits,
     parse_pair,
+    parse_pair_digits,
     parse_single,
     refuses,
     second_turn,
@@ -162,6 +163,12 @@ def _single_form(judge: JudgeConfig, mode: Mode, expected: bool) -> _Form[Rating
     return _Form(schema, parse_single, judge.max_tokens, "read" if expected else None)
 
 
+def _pair_form(judge: JudgeConfig, mode: Mode) -> _Form[tuple[Rating, Rating]]:
+    if mode == "direct":
+        return _Form(None, parse_pair_digits, 2 * len(STEMS), "only")
+    return _Form(json.dumps(pair_schema(judge.max_evidence_chars)), parse_pair, judge.max_tokens, None)
+
+
 def _finished(rating: Rating, completion: Completion, judge: JudgeConfig, floored: bool) -> Rating:
     """The rating with its quotations as they were written, its expected ratings, and the floor."""
     evidence = {stem: as_written(quote, judge.template) for stem, quote in rating.evidence.items()}
@@ -176,7 +183,7 @@ def rate_pairs(
     """Rate (speech, first, second) items, both responses in one conversation; None where an answer failed.
 
     A judge of the rubric format sees both side by side. A judge of the compact format rates the first, and then the
-    second with the first and its ratings before it. A comparison always quotes, whatever the judge's mode.
+    second with the first and its ratings before it, and always quotes, whatever its mode.
     """
     rate = _rate_in_turn if judge.template == "compact" else _rate_side_by_side
     asked = rate(worker, judge, items, seeds)
@@ -197,8 +204,9 @@ _Compared = list[tuple[tuple[Rating, Rating] | None, Completion | None]]
 def _rate_side_by_side(
     worker: VLLMWorker, judge: JudgeConfig, items: Sequence[PairItem], seeds: Sequence[int]
 ) -> _Compared:
-    prompts = [pair_prompt(speech, first, second, *history) for speech, first, second, *history in items]
-    form = _Form(json.dumps(pair_schema(judge.max_evidence_chars)), parse_pair, judge.max_tokens, None)
+    mode = asked_mode(judge)
+    prompts = [pair_prompt(speech, first, second, *history, mode=mode) for speech, first, second, *history in items]
+    form = _pair_form(judge, mode)
     texts = [item[1:3] for item in items]
     results: _Compared = []
     for ratings, completion, _ in _ask(worker, judge, prompts, seeds, form, texts, _sources(items)):

@@ -3,7 +3,7 @@
 The judge quotes its evidence before each rating: a rating that follows a quotation is a rating of something, and
 small models learn the task only this way (README, nano world). The answer is JSON under a grammar, so that it always
 parses unless it is cut short; an answer that does not parse is a failed rating, counted and never given a default.
-In the mode `direct` the answer is seven digits and nothing else: cheaper, and blind to why.
+In the mode `direct` the answer is seven digits (of a pair: twice seven) and nothing else: cheaper, and blind to why.
 The prompt puts first what is shared (rubric and form of the answer, then the speech, then the response), so that prefix
 caching pays. What is rated stands between tags that it cannot close (`escape.py`).
 """
@@ -35,6 +35,10 @@ _SINGLE = "\nYou answer in JSON: an object with a key per principle, each with e
 _DIRECT = (
     f"\nYou answer with {len(STEMS)} digits from {MIN_RATING} to {MAX_RATING}, one per principle in the order of the "
     "list, without spaces, and nothing else."
+)
+_DIRECT_PAIR = (
+    f"\nYou answer with {2 * len(STEMS)} digits from {MIN_RATING} to {MAX_RATING}, one per principle in the order of "
+    "the list: first those of the first response, then those of the second, without spaces, and nothing else."
 )
 _PAIR = (
     "\nYou answer in JSON: the keys first and second, each an object with a key per principle, each with evidence and "
@@ -94,11 +98,14 @@ def single_prompt(
     return [{"role": "system", "content": introduction}, {"role": "user", "content": content}]
 
 
-def pair_prompt(speech: str, first: str, second: str, history: str | None = None) -> list[dict[str, str]]:
+def pair_prompt(
+    speech: str, first: str, second: str, history: str | None = None, *, mode: Mode = "evidence"
+) -> list[dict[str, str]]:
     """The messages that ask for the ratings of two responses side by side."""
     both = f"{_tagged('first_response', first)}\n\n{_tagged('second_response', second)}"
     content = f"{_said(speech, history)}\n\n{both}\n\n{_RATE_BOTH}"
-    return [{"role": "system", "content": _RUBRIC + _EVIDENCE_FIRST + _PAIR}, {"role": "user", "content": content}]
+    introduction = _RUBRIC + (_DIRECT_PAIR if mode == "direct" else _EVIDENCE_FIRST + _PAIR)
+    return [{"role": "system", "content": introduction}, {"role": "user", "content": content}]
 
 
 def second_turn(response: str) -> dict[str, str]:
@@ -183,6 +190,14 @@ def parse_digits(text: str) -> Rating | None:
         return None
     ratings = {stem: int(digit) for stem, digit in zip(STEMS, digits, strict=True)}
     return Rating(ratings, dict.fromkeys(STEMS, ""))
+
+
+def parse_pair_digits(text: str) -> tuple[Rating, Rating] | None:
+    """The ratings in an answer of twice seven digits, those of the first response first; None where it is anything
+    else."""
+    digits = text.strip()
+    first, second = parse_digits(digits[: len(STEMS)]), parse_digits(digits[len(STEMS) :])
+    return (first, second) if first and second else None
 
 
 def refuses(text: str, source: str) -> bool:

@@ -20,6 +20,7 @@ from psycho.errors import BadInput
 from psycho.rowfile import ACCEPTED, data_files, kind_of
 
 _GIVE = "give a CSV, JSONL, JSON or Parquet file, a folder of them, a datasets folder, or a hub id (owner/name)"
+_EXAMPLES = Path(__file__).parents[1] / "examples"  # in a checkout a link to the folder beside the package
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -70,7 +71,12 @@ def fingerprint(config: SpeechesConfig) -> list[Any]:
 
 
 def _expand(source: str) -> str:
-    return source if storage.is_remote(source) else str(Path(source.removeprefix("file://")).expanduser())
+    """A path that names no file here but an example that psycho ships, as `examples/speeches.csv`, is that one."""
+    if storage.is_remote(source):
+        return source
+    path = Path(source.removeprefix("file://")).expanduser()
+    shipped = _EXAMPLES / path.name
+    return str(shipped if path.parent == Path("examples") and not path.exists() and shipped.is_file() else path)
 
 
 def _info(uri: str) -> pafs.FileInfo:

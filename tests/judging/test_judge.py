@@ -271,6 +271,23 @@ def test_digits_that_are_not_seven_ratings_are_no_rating(text):
     assert rating is None and attempts == 2
 
 
+def test_a_direct_judge_compares_in_twice_seven_digits():
+    """Quotations that are thrown away would cost a hundred times as many tokens."""
+    worker = FakeWorker(lambda *_: "5432154" + "1111112")
+    [(first, second)] = rate_pairs(worker, judge(**DIRECT), [("speech", "one", "other")], [1])
+    assert list(first.ratings.values()) == [5, 4, 3, 2, 1, 5, 4] and list(second.ratings.values()) == [1] * 6 + [2]
+    [call] = worker.calls
+    assert (call["schema"], call["digits"], call["sampling"].max_tokens) == (None, "only", 14)
+    assert (
+        "14 digits" in call["conversations"][0][0]["content"] and "JSON" not in call["conversations"][0][0]["content"]
+    )
+
+
+@pytest.mark.parametrize("text", ["5432154", "543215411111120", "5432154 111111", "54321540000000", ""])
+def test_digits_that_are_not_twice_seven_ratings_compare_nothing(text):
+    assert rate_pairs(FakeWorker(lambda *_: text), judge(**DIRECT), [("s", "one", "other")], [1]) == [None]
+
+
 REFUSAL = "I cannot rate this conversation."
 
 
