@@ -81,7 +81,9 @@ def test_what_is_served_is_asked_and_ended_as_by_ctrl_c(project, last, code, par
     (project / "server.py").write_text(SERVER.replace("PORT", str(port)).replace("LAST", last))
     python = f'#!/bin/sh\\nexec {sys.executable} "$$@"\\n'
     (project / "Makefile").write_text(
-        f"run:\n\tmkdir -p .venv/bin && printf '{python}' > .venv/bin/python && chmod +x .venv/bin/python\n"
+        f"run:\n\tmkdir -p .venv/bin && printf '{python}' > .venv/bin/python && "
+        f"cp {shutil.which('true')} .venv/bin/psycho "
+        "&& chmod +x .venv/bin/python\n"
         f"serve:\n\t@{sys.executable} -u server.py\n"
         "test:\n"
     )
