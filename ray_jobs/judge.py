@@ -119,7 +119,10 @@ def _probe_table(job: Job, schema: pa.Schema) -> pa.Table:
 def _unusable(job: Job, asked: int, left_out: Rows, extra: dict[str, Any]) -> str | None:
     quality = job.config.quality
     few = too_many_left_out("judge", len(left_out), asked, "ratings", quality.max_left_out_share, reasons(left_out))
-    return few or too_many_floored(extra["floored"], asked - len(left_out), quality.max_floored_share)
+    said = few or too_many_floored(extra["floored"], asked - len(left_out), quality.max_floored_share)
+    if said and extra["fitness"]["fit"] is False:
+        said += f"; and the judge is unfit: {extra['fitness']['why']}"
+    return said
 
 
 def rate_table(job: Job, responses: pa.Table, folder: str) -> tuple[Rows, Rows, dict[str, Any]]:

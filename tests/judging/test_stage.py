@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -17,12 +18,15 @@ from typer.testing import CliRunner
 import ray_jobs.judge as recipe
 from psycho import storage
 from psycho.config import EngineConfig, JudgeConfig, load_config
-from psycho.errors import StageFailed
+from psycho.errors import StageFailed, UnfitJudge
 from psycho.inference.batch import layout
 from psycho.inference.worker import Completion, EngineSpec
 from psycho.job import Job
+from psycho.judging.probes import probe_rows
 from psycho.judging.rows import JudgeBatch, rating_row
 from psycho.judging.rubric import Rating, answer, dump
+from psycho.nano import gold, world
+from psycho.nano.grammar import sample_response
 from psycho.principles import STEMS
 from psycho.progress import Progress
 from psycho.run import Run, StageResult
@@ -37,12 +41,17 @@ WORDS = "a secret thing that a client said"
 
 
 def answered(responses, folder, stage, arguments, *_, **__):
-    """Every response rated 3, by the second judge of a panel 5; `nano:base` fails where the response says so."""
+    """Every response rated 3, by the second judge of a panel 5; `nano:base` fails where the response says so.
+
+    Planted pairs are told apart, but by a judge that is asked for at temperature 1.
+    """
     judge, rows = arguments["judge"], []
     storage.write_text(storage.join(folder, "kept"), "")
     for row in responses.to_pylist():
         failing = f"fails {judge.model}" in row["response"] or "fails all" in row["response"]
         value = 5 if judge.model == "nano:base" else 3
+        if row["model"] == "worse" and judge.temperature < 1:
+            value = 1
         rating = Rating(dict.fromkeys(STEMS, value), dict.fromkeys(STEMS, "none"), dict.fromkeys(STEMS, value - 0.25))
         completion = Completion(finish_reason="length" if failing else "stop", prompt_tokens=50, output_tokens=7)
         rows.append(rating_row(row, judge, None if failing else rating, False, 2 if failing else 1, completion))
@@ -100,6 +109,56 @@ def test_what_has_no_rating_is_left_out_and_counted(start):
     assert "cut short" in left_out and WORDS not in left_out
 
 
+def test_a_judge_that_guesses_is_unfit_and_stops_the_run_with_its_ratings_kept(start):
+    job = start(LENIENT, "judge.temperature=1")
+    with pytest.raises(
+        UnfitJudge, match=r"nano:judge is unfit: planted pairs told apart on their principle 0.50 \(must"
+    ):
+        recipe.judge(job)
+    assert job.run.is_done("judge") and job.run.manifest("judge")["fitness"]["fit"] is False
+    again = start(LENIENT, "judge.temperature=1", "judge.unfit=warn")
+    assert again.run.key("judge") == job.run.key("judge"), "to go on asks for nothing anew"
+    recipe.judge(again)
+    with pytest.raises(UnfitJudge):
+        recipe.judge(start(LENIENT, "judge.temperature=1"))  # done before, and still unfit
+
+
+def test_planted_pairs_are_asked_and_counted_nowhere(start, monkeypatch):
+    asked = []
+
+    def noted(responses, *arguments, **settings):
+        asked.extend(responses["request_id"].to_pylist())
+        return answered(responses, *arguments, **settings)
+
+    monkeypatch.setattr(recipe, "run_batches", noted)
+    job = start(LENIENT)
+    recipe.judge(job)
+    planted = {row["request_id"] for row in probe_rows(job.config.seed)}
+    assert planted < set(asked) and len(asked) == len(planted) + 3
+    manifest = job.run.manifest("judge")
+    assert manifest["fitness"]["fit"] is True and manifest["rows_in"] == 3 and manifest["tokens"] == 21
+    assert not planted & set(pq.read_table(job.run.path("ratings"))["request_id"].to_pylist())
+
+
+def test_the_truth_of_the_nano_world_stands_in_for_planted_pairs(start, monkeypatch):
+    made = world.speeches(30, 2, 0)
+    texts = [sample_response(random.Random(n), gold.parse_speech(row["question"])) for n, row in enumerate(made)]
+    rated = [gold.rate(gold.parse_speech(row["question"]), text) for row, text in zip(made, texts, strict=True)]
+    rows = [{"request_id": str(n), "speech_id": str(n % 4), "split": "train", "overall": g.overall}
+            | {f"{stem}_rating": g.ratings[stem] for stem in STEMS} for n, g in enumerate(rated)]  # fmt: skip
+    table = pa.table({
+        "request_id": [row["request_id"] for row in rows],
+        "question": [row["question"] for row in made],
+        "response": texts,
+    })  # fmt: skip
+    assert recipe.knows_truth(table)
+    assert recipe.fitness_by_truth(table, rows)["fit"] is True
+    blind = [row | {"relevance_rating": 3} for row in rows]
+    found = recipe.fitness_by_truth(table, blind)
+    assert found["fit"] is False and "relevance: kappa with the truth 0.00" in found["why"]
+    assert not recipe.knows_truth(table.set_column(1, "question", pa.array([WORDS] * table.num_rows)))
+
+
 def test_too_many_failed_ratings_stop_the_stage_and_nothing_is_lost(start):
     job = start("quality.max_left_out_share=0.3")
     with pytest.raises(StageFailed) as stopped:
@@ -131,7 +190,7 @@ def test_too_much_text_under_the_floor_stops_the_stage(start, monkeypatch):
         recipe.judge(start(LENIENT))
     job = start(LENIENT, "quality.max_floored_share=1")
     recipe.judge(job)
-    assert job.run.manifest("judge")["floored"] == 2
+    assert job.run.manifest("judge")["floored"] == 2, "planted pairs do not count"
 
 
 def test_invented_evidence_is_in_the_manifest(start, monkeypatch):
