@@ -39,8 +39,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 refused = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=1500, check=False)
                 assert refused.returncode == 1 and "quality.max_" in log.read_text(), log.read_text()[-3000:]
                 assert not (folder / "manifests" / "judge.json").exists()
-                options += ["--set", "quality.max_left_out_share=1", "--set", "quality.max_floored_share=1"]
-                command += options[-4:]
+                assert "the judge is unfit" in log.read_text()
+                go_on = ("quality.max_left_out_share=1", "quality.max_floored_share=1", "judge.unfit=warn")
+                options += [part for setting in go_on for part in ("--set", setting)]
+                command += options[-6:]
             done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=1500, check=False)
             assert done.returncode == 0, log.read_text()[-3000:]
     return folder
