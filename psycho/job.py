@@ -56,9 +56,9 @@ class Job:
         lease: Lease | None = None,
         until: tuple[str, ...] = (),
     ) -> None:
-        """`until`: the stages that a pipeline goes through, at most."""
+        """`until`: the stages that a pipeline goes through, at most; empty: all."""
         self.config, self.run, self.verbose = config, run, verbose
-        self.until = until
+        self.until = until or tuple(run.stages)
         self.of: tuple[str, ...] = ()  # the stages that are to be run one after the other, for their numbers
         self.progress = Progress()
         self._lease = lease

@@ -204,7 +204,7 @@ class Run:
                 raise StageFailed(f"{name}: {result.unusable}")
         except BaseException as error:
             spent = StageResult(cost=getattr(error, "cost", result.cost))
-            kind = BadInput if isinstance(error, BadInput) else type(error)
+            kind = BadInput if isinstance(error, BadRows) else type(error)
             self._ledger(name, kind.__name__, time.time() - started, spent)
             if isinstance(error, BadRows) and error.left_out:
                 raise self._refused(name, error, error.left_out) from None

@@ -74,12 +74,14 @@ def sft_rows(rated: Iterable[Row], min_overall: float) -> Rows:
     """Each speech's best response where it is rated at least that high: what `train_sft` learns from."""
     best = [responses[0] for responses in _by_speech(rated).values()]
     return [
-        {**row, "messages": [*turns(row), *reply(row["response"])]} for row in best if row["overall"] >= min_overall
+        {**row, "messages": [*turns(row), *reply(row["response"])]}
+        for row in best
+        if (row["wins"] > 0 if row["overall"] is None else row["overall"] >= min_overall)
     ]
 
 
 def ranked_rows(rated: Iterable[Row]) -> Rows:
-    """A row for each speech with two or more responses; scores are the overall ratings."""
+    """A row for each speech with two or more rated responses; scores are the overall ratings."""
     return [
         {
             "prompt": turns(responses[0]),
@@ -88,7 +90,7 @@ def ranked_rows(rated: Iterable[Row]) -> Rows:
             "models": [row["model"] for row in responses],
             "speech_id": speech_id,
         }
-        for speech_id, responses in _by_speech(rated).items()
+        for speech_id, responses in _by_speech(row for row in rated if row["overall"] is not None).items()
         if len(responses) > 1
     ]
 
@@ -117,21 +119,28 @@ def kto_rows(pairs: Iterable[Row]) -> Rows:
 
 
 def responses_of_pairs(pairs: Iterable[Row]) -> Rows:
-    """Rated responses of a run that has pairs and no responses of its own: each once, without evidence."""
+    """Responses of a run that has pairs and none of its own: each once, without evidence.
+
+    `wins`: how often it was chosen less how often rejected, which orders responses that nobody rated (`overall` None).
+    """
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for pair in pairs:
-        for side in ("chosen", "rejected"):
+        for side, point in (("chosen", 1), ("rejected", -1)):
             ratings = {f"{stem}_rating": pair[f"{side}_{stem}_rating"] for stem in STEMS}
-            found.setdefault(
+            row = found.setdefault(
                 (pair["speech_id"], pair[f"{side}_model"], pair[side]),
                 {
                     **{name: pair.get(name) for name in ("speech_id", "question", "history")},
                     "model": pair[f"{side}_model"],
                     "response": pair[side],
                     **ratings,
-                    "overall": overall({stem: ratings[f"{stem}_rating"] for stem in STEMS}),
+                    "overall": None
+                    if None in ratings.values()
+                    else overall({stem: ratings[f"{stem}_rating"] for stem in STEMS}),
+                    "wins": 0,
                 },
             )
+            row["wins"] += point
     return list(found.values())
 
 
@@ -145,4 +154,6 @@ def _by_speech(rated: Iterable[Row]) -> dict[str, list[Row]]:
 def _ordered(rated: Iterable[Row]) -> Sequence[Row]:
     """By speech, best first; of equals the one whose id (or text) comes later, as `train_sft` takes it."""
     tied = sorted(rated, key=lambda row: (row.get("request_id") or "", row["response"]), reverse=True)
-    return sorted(tied, key=lambda row: (row["speech_id"], -row["overall"]))
+    return sorted(
+        tied, key=lambda row: (row["speech_id"], -(row["wins"] if row["overall"] is None else row["overall"]))
+    )

@@ -97,7 +97,7 @@ def test_a_changed_setting_runs_what_hangs_on_it(finished: Path, environment: di
     manifests = finished / "manifests"
     before = {path.name: path.read_text() for path in manifests.glob("*.json")}
     subprocess.run(
-        command(finished, "train_reward", "training.reward.epochs=2"),
+        command(finished, "train_reward", "training.reward.epochs=3"),
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     after = {path.name: path.read_text() for path in manifests.glob("*.json")}

@@ -58,7 +58,8 @@ def clean() -> list[tuple[str, str]]:
 
 def test_expected_ratings_are_those_of_transformers(rate: Any, clean: Any) -> None:
     """At each rating's own place, given all that the judge wrote before it."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER).eval(), AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()  # as the engine computes
     [(_, ids)] = digit_tokens(tokenizer)
     for (speech, response), (rating, _, _, completion) in zip(
         clean, rate(JUDGE.model_copy(update={"fluency_floor": None}), clean, True), strict=True

@@ -219,7 +219,7 @@ def test_trl_reads_an_exported_set_with_its_tokenizer(
     said = {"chosen_model": "one", "rejected_model": "other", "gap": 2.0, "history": None, **ratings}
     rows = [row | said | {"ID": f"s{n}", "speech_id": f"s{n}", "prefID": 0} for n, row in enumerate(pairs(3))]
     storage.write_table(pa.Table.from_pylist(rows, PREFERENCE_PAIR), str(tmp_path / "preferences" / "train"))
-    monkeypatch.setattr(export, "card", lambda counts, facts: "")  # it has tests of its own
+    monkeypatch.setattr(export, "card", lambda *_: "")  # it has tests of its own
     export.export_pairs(str(tmp_path / "preferences"), str(tmp_path / "set"), {})
     files = str(tmp_path / "set" / "conversational" / "train-*.parquet")
     data = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["train"]

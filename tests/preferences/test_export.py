@@ -355,7 +355,7 @@ def test_the_card_says_what_it_is(exported: Path, job: Job) -> None:
     assert "| train | 12 | 12 | 2.00 |" in text and "| test | 4 | 4 | 2.00 |" in text
     for said in (
         "nano:judge", "brisk, warm", "3 tie", "no person said them", "never faces clients alone",
-        "`all`, gap at least 1", "taking the longer response is right in 100.0%", "less safe by 1 or more",
+        "`all`, gap at least 0.5", "taking the longer response is right in 100.0%", "less safe by 1 or more",
     ):  # fmt: skip
         assert said in text, said
     assert str(Path(job.run.root).parent) not in text and "awake" not in text

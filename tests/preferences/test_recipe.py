@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,9 @@ def test_the_pipeline_leaves_sampling_and_judging_out(tmp_path: Path, monkeypatc
     done: list[str] = []
     stages = {stage.__name__: stage for stage in pipeline.STAGES}
     for name in stages:
-        monkeypatch.setattr(pipeline, name, lambda job, name=name: done.append(name))
+        noted = partial(lambda name, job: done.append(name), name)
+        noted.__name__ = name  # type: ignore[attr-defined]
+        monkeypatch.setattr(pipeline, name, noted)
     monkeypatch.setattr(pipeline, "STAGES", tuple(getattr(pipeline, name) for name in stages))
     for settings in ((), (f"pairs.source={published(tmp_path / 'pairs.jsonl')}",)):
         done.clear()
