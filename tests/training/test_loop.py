@@ -495,7 +495,7 @@ class _RanksFailed(Exception):
     ("own", "expected", "sentence"),
     [
         (ValueError("row 3 is odd\nand more"), StageFailed, "ValueError: row 3 is odd$"),
-        (BadInput("model x has no chat template"), BadInput, "^model x has no chat template$"),
+        (BadInput("model x has no chat template"), BadInput, "^training of the policy: model x has no chat template$"),
         (OSError(28, "No space left on device"), BadInput, "disk is full"),
     ],
 )
