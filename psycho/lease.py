@@ -5,12 +5,13 @@ when it last gave a sign of life. A second process refuses with a sentence. A le
 on the same machine at once, when that process has ended; else when no sign has come for `STALE_S` seconds. Clocks of
 two machines may differ, so the lease of another machine that looks old is watched for a while first.
 
-On a local disk (a shared one too) the file is made by linking, which only one can do. An object store has no such
+On a disk (a shared one too) who looks and writes holds a lock on the folder meanwhile. An object store has no such
 thing: there the last of two writes counts, so a lease is read again a moment after it was written.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -25,11 +26,12 @@ from pathlib import Path
 import psutil
 
 from psycho import storage
-from psycho.errors import BadInput
+from psycho.errors import BadInput, WaitTimedOut
 
 FILE = "lease.json"
 BEAT_S, STALE_S = 10.0, 60.0
 WATCH_S, SETTLE_S = 2.5 * BEAT_S, 1.0
+LOCK_S = 10.0  # the longest wait for another process that is opening the folder
 _TRIES = 3  # of taking a lease that others take and leave meanwhile
 
 
@@ -125,18 +127,13 @@ class Lease:
             storage.write_text(self._uri, _text(self._own))
             self._stop.wait(SETTLE_S)
             return self._is_own()
-        path = Path(storage.resolve(self._uri)[1])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not _move_away(path, former):
-            return False
-        aside = path.with_name(f".{FILE}.{self._own.name}")
-        try:
-            aside.write_text(_text(self._own), encoding="utf-8")
-            os.link(aside, path)
-        except FileExistsError:
-            return False
-        finally:
-            aside.unlink(missing_ok=True)
+        folder = Path(storage.resolve(self._root)[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            now = _read(self._uri)
+            if now is not None and (former is None or now.name != former.name):
+                return False  # somebody was here since it was read
+            storage.write_text(self._uri, _text(self._own))
         return True
 
     def _is_own(self) -> bool:
@@ -187,23 +184,34 @@ def _namespace() -> str:
         return ""
 
 
-def _move_away(path: Path, former: Holder | None) -> bool:
-    """Take a left lease (None: one that cannot be read) off its place; False where it is another's by now: that goes
-    back."""
-    moved = path.with_name(f".{FILE}.{uuid.uuid4().hex}")
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time is in the block: a lock on the folder itself, which leaves no file behind.
+
+    Raises:
+        WaitTimedOut: another one stays in it.
+    """
+    place = os.open(folder, os.O_RDONLY)
     try:
-        path.rename(moved)
-    except FileNotFoundError:
-        return True
-    try:
-        found = _read(str(moved))
-        if found is not None and (former is None or found.name != former.name):
-            with suppress(FileExistsError):
-                os.link(moved, path)
-            return False
-        return True
+        until = time.monotonic() + LOCK_S
+        while not _locked(place):
+            if time.monotonic() > until:
+                raise WaitTimedOut(f"another process that is opening the run folder {folder}", LOCK_S)
+            time.sleep(0.02)
+        yield
     finally:
-        moved.unlink(missing_ok=True)
+        os.close(place)
+
+
+def _locked(place: int) -> bool:
+    """False where another process holds the lock; a file system that knows no locks grants it."""
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _in_use(root: str, holder: Holder) -> str:

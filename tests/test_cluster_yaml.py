@@ -98,7 +98,15 @@ def test_setup_installs_the_locked_set_and_nothing_beside_it(written):
 
 def test_only_what_installing_needs_is_copied_and_links_hold_where_it_goes(config):
     mounts = {source: target for target, source in config["file_mounts"].items() if source != "~/.ray/auth_token"}
-    assert set(mounts) == {"pyproject.toml", "LICENSE", "requirements/gpu.txt", "configs", "psycho", "ray_jobs"}
+    assert set(mounts) == {
+        "pyproject.toml",
+        "LICENSE",
+        "requirements/gpu.txt",
+        "configs",
+        "examples",
+        "psycho",
+        "ray_jobs",
+    }
     assert all((ROOT / source).exists() and target == f"~/psycho/{source}" for source, target in mounts.items())
     for source in ("psycho", "ray_jobs"):
         links = [path for path in (ROOT / source).iterdir() if path.is_symlink()]

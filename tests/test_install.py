@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 import psycho
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("psycho", "ray_jobs", "configs", "pyproject.toml", "LICENSE")
+SOURCES = ("psycho", "ray_jobs", "configs", "examples", "pyproject.toml", "LICENSE")
 WEIGHTS = "nano/models/judge/model.safetensors"
 
 
