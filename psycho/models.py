@@ -15,11 +15,6 @@ from psycho.nano import world
 NANO = "nano:"
 
 
-def uses_nano(config: Config) -> bool:
-    """True when the run needs the embedded models."""
-    return any(name.startswith(NANO) for name in named_models(config).values())
-
-
 def named_models(config: Config) -> dict[str, str]:
     """Every model that runs on this cluster, by the setting that names it."""
     named = {

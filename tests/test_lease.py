@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -18,7 +20,7 @@ import pytest
 
 from psycho import lease as module
 from psycho import storage
-from psycho.errors import BadInput
+from psycho.errors import BadInput, WaitTimedOut
 from psycho.lease import FILE, Holder, Lease, held
 
 
@@ -185,6 +187,29 @@ def test_of_many_at_once_one_is_in(root):
         thread.join()
     assert len(won) == 1 and won[0]._is_own() and names(root) == [FILE]
     won[0].release()
+
+
+def test_a_process_that_stays_in_the_folders_lock_is_not_waited_for_for_ever(root, monkeypatch):
+    monkeypatch.setattr("psycho.lease.LOCK_S", 0.05)
+    root.mkdir()
+    place = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        with pytest.raises(WaitTimedOut, match="another process that is opening the run folder"):
+            Lease(str(root)).take()
+    finally:
+        os.close(place)
+    with held(str(root)):
+        pass
+
+
+def test_a_file_system_without_locks_still_has_leases(root, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with held(str(root)), pytest.raises(BadInput, match="in use by process"), held(str(root)):
+        pytest.fail("both are in")
 
 
 def test_on_an_object_store(bucket, quick):

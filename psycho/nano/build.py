@@ -54,8 +54,9 @@ class Rebuild:
         for attempt in range(RESTARTS):
             seed = self.config.seed + 1000 * attempt
             shutil.rmtree(self.work, ignore_errors=True)
-            if not self._backbone(seed):
-                said = "the backbone does not copy what the client says"
+            gate = self._backbone(seed)
+            if not gate.passed:
+                said = gate.said
                 continue
             self._train([(name, "backbone", f"{name}-0", 0) for name in ("judge", *POLICIES)], seed)
             gates = self._until_fit(seed)
@@ -72,7 +73,8 @@ class Rebuild:
         """Where what is half-made lies."""
         return self.target.parent / f"{self.target.name}.work"
 
-    def _backbone(self, seed: int) -> bool:
+    def _backbone(self, seed: int) -> Gate:
+        """Train a backbone until it passes its gate, or as long as it may be; the gate as it is in the end."""
         first_weights(self.work / "init", seed, self.config.jitter)
         start = "init"
         for part in range(1 + EXTENSIONS):
@@ -83,8 +85,8 @@ class Rebuild:
             start = name
             if gate.passed:
                 storage.publish(str(self.work / name), str(self.work / "backbone"))
-                return True
-        return False
+                break
+        return gate
 
     def _until_fit(self, seed: int) -> list[Gate]:
         """Train on whatever misses a gate; the gates as they are in the end."""

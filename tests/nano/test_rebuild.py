@@ -72,6 +72,12 @@ def test_a_backbone_that_never_copies_is_begun_again_from_other_weights(rebuild:
     assert {seed for seed, *_ in made.trained} == {7, 1007}
 
 
+def test_giving_up_on_the_backbone_names_its_gate(rebuild: Any) -> None:
+    made = rebuild([0.1] * (1 + EXTENSIONS) * RESTARTS, [])
+    with pytest.raises(StageFailed, match=r"given up after 3 tries: backbone: copies 0.10 \(must be 0.90\)"):
+        made.run()
+
+
 def test_giving_up_names_the_gate(rebuild: Any) -> None:
     tries = (1 + EXTENSIONS) * RESTARTS
     made = rebuild([0.95] * RESTARTS, [{"judge: relevance": 0.13}] * tries)
